@@ -1,0 +1,1 @@
+"""From a dataset's URI to batches of aligned LR/HR patches."""
