@@ -1,0 +1,5 @@
+"""The error that a config, a folder of weights or an image can cause in this package."""
+
+
+class ModelError(ValueError):
+    """A model, its config or its weights is not as it must be; the message says what was found and what is allowed."""
