@@ -1,0 +1,110 @@
+"""Everything of a run in one atomic file, and which files are kept.
+
+One safetensors file per checkpoint: tensors as `GROUP/NAME`, all the rest as JSON in the file's header. One file is one write, so on
+object storage and on disk a checkpoint is there whole or not at all; reading it runs no code.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from sr_data.errors import StorageError
+from sr_data.storage import Store
+from sr_models.architectures import ARCHITECTURES, ModelConfig
+
+FORMAT = 1
+_SUFFIX = ".safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of another kind than asked for; the message names it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    """Groups of named tensors: "model", "ema" (where there is one), "optimizer"."""
+    meta: Mapping[str, Any]
+    """Plain JSON: step, patches_seen, architecture, model_config, config, best, and what else the run needs to go on."""
+
+    @property
+    def step(self) -> int:
+        return int(self.meta["step"])
+
+
+def key_of_step(step: int) -> str:
+    return f"step-{step:09d}{_SUFFIX}"
+
+
+def step_of_key(key: str) -> int | None:
+    stem = key.removeprefix("step-").removesuffix(_SUFFIX)
+    return int(stem) if key == f"step-{stem}{_SUFFIX}" and stem.isdigit() else None
+
+
+def write_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
+    """Writes it whole or raises StorageError and leaves what was there; returns its key."""
+    flat = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group, tensors in checkpoint.tensors.items()
+        for name, tensor in tensors.items()
+    }
+    header = {"format": str(FORMAT), "meta": json.dumps(checkpoint.meta, allow_nan=False, sort_keys=True)}
+    key = key_of_step(checkpoint.step)
+    store.write(key, save(flat, header))
+    return key
+
+
+def read_checkpoint(store: Store, key: str) -> Checkpoint:
+    """Raises StorageError if it can't be fetched, CheckpointError if it is no checkpoint of ours."""
+    data = store.read(key)
+    try:
+        flat = load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{store.uri_of(key)}: not a whole safetensors file ({error})") from error
+    if header.get("format") != str(FORMAT):
+        found = header.get("format", "none")
+        raise CheckpointError(f"{store.uri_of(key)}: checkpoint format {found}, this version reads {FORMAT}")
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in flat.items():
+        group, _, rest = name.partition("/")
+        groups.setdefault(group, {})[rest] = tensor
+    return Checkpoint(tensors=groups, meta=json.loads(header["meta"]))
+
+
+def list_keys(store: Store) -> list[str]:
+    """Keys of all checkpoints in the store, oldest first; none if the folder does not exist yet."""
+    try:
+        entries = store.list()
+    except StorageError:
+        if store.exists(""):
+            raise
+        return []
+    return sorted(entry.key for entry in entries if step_of_key(entry.key) is not None)
+
+
+def latest_key(store: Store) -> str | None:
+    keys = list_keys(store)
+    return keys[-1] if keys else None
+
+
+def keep(store: Store, *, last: int, best_key: str | None) -> list[str]:
+    """Deletes all but the newest `last` checkpoints and the best one; returns what was deleted."""
+    keys = list_keys(store)
+    spare = [key for key in keys[: max(0, len(keys) - last)] if key != best_key]
+    for key in spare:
+        store.delete(key)
+    return spare
+
+
+def inference_weights(checkpoint: Checkpoint) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """The network's config and the weights to use it with: the moving average where the run kept one."""
+    architecture = ARCHITECTURES[checkpoint.meta["architecture"]]
+    weights = checkpoint.tensors.get("ema") or checkpoint.tensors["model"]
+    return architecture.config_type(**checkpoint.meta["model_config"]), dict(weights)
