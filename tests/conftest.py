@@ -1,0 +1,160 @@
+"""Fixtures of all tests: real servers on loopback, images, and an environment without the developer's settings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.mlflow_server import MlflowServer, start_mlflow
+from tests.support.ray_head import RayHead, start_ray_head
+from tests.support.s3 import S3Server, missing_ceph_programs, start_moto, start_rgw
+
+REPO = Path(__file__).resolve().parent.parent
+FOREIGN_SETTINGS = ("AWS_", "MLFLOW_", "RAY_", "S3_ENDPOINT")
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # right for loopback only: the clusters of the tests live there
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "AWS_EC2_METADATA_DISABLED": "true",  # absent credentials are said at once, not after a timeout
+    "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent/credentials",
+    "AWS_CONFIG_FILE": "/nonexistent/config",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything is imported: MLflow and Ray read some of these once."""
+    for name in list(os.environ):
+        if name.startswith(FOREIGN_SETTINGS):
+            del os.environ[name]
+    os.environ.update(SETTINGS)
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs in a folder of its own: defaults like sqlite:///mlflow.db never land in the project."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The project's root."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with BSDS500, Set5, T91 and DIV2K; SR_EXPECT_SHARED_DATA=1 makes its absence a failure."""
+    folder = Path(os.environ.get("SR_SHARED_DATA", REPO.parent / "shared" / "data"))
+    missing = [name for name in ("BSDS500", "DIV2K", "Set5", "T91") if not (folder / name).is_dir()]
+    if missing:
+        _absent(f"{', '.join(missing)} not found in {folder} (SR_SHARED_DATA)", "SR_EXPECT_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One moto server for the whole run; tests take `s3`."""
+    server = start_moto(tmp_path_factory.mktemp("moto"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One Ceph RGW for the whole run; tests take `s3_rgw`."""
+    if missing := missing_ceph_programs():
+        _absent(f"{', '.join(missing)} not installed (Debian: ceph-mon ceph-osd ceph-common radosgw)", "SR_EXPECT_RGW")
+    server = start_rgw(tmp_path_factory.mktemp("rgw"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """moto's S3 server with authentication on, its credentials in the environment."""
+    yield from _in_environment(moto_server, monkeypatch)
+
+
+@pytest.fixture
+def s3_rgw(rgw_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """Ceph RGW, its credentials in the environment."""
+    yield from _in_environment(rgw_server, monkeypatch)
+
+
+@pytest.fixture(params=["moto", "rgw"])
+def any_s3(request: pytest.FixtureRequest) -> S3Server:
+    """The test runs once on each S3 server."""
+    server: S3Server = request.getfixturevalue({"moto": "s3", "rgw": "s3_rgw"}[request.param])
+    return server
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A tracking server and registry on SQLite; `.uri`. Shared by all tests: use experiment names of your own."""
+    server = start_mlflow(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    server.child.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    """A head node with 3 CPUs, started with `ray start --head`; `.address`, `.jobs_url`, `.submit_job(…)`."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        head = start_ray_head(Path(folder))
+        yield head
+        head.child.stop()
+
+
+@pytest.fixture(scope="session")
+def _photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index, (width, height) in enumerate([(96, 72), (120, 96), (97, 75), (128, 80), (80, 112), (104, 104)]):
+        Image.fromarray(_photo(rng, width, height)).save(folder / f"photo-{index}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny_photos(_photos: Path, tmp_path: Path) -> Path:
+    """A folder of six generated 8-bit RGB PNGs (80 to 128 px, one of odd size), the test's own copy."""
+    return Path(shutil.copytree(_photos, tmp_path / "tiny_photos"))
+
+
+def _photo(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Smooth shading, edges and a little texture: something that bicubic blurs and a network can sharpen."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    image = 128 + 60 * np.sin(x[..., None] / rng.uniform(9, 30, 3) + y[..., None] / rng.uniform(9, 30, 3))
+    for _ in range(8):
+        centre_x, centre_y, radius = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(4, 20)
+        image[(x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2] = rng.uniform(0, 255, 3)
+    image += rng.normal(0, 4, (height, width, 1))
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _in_environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    import s3fs  # here, because most tests need no object storage
+
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    # fsspec keeps filesystems by their arguments: one made for another server or key would be handed out again.
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield server
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _absent(reason: str, expect_variable: str) -> None:
+    if os.environ.get(expect_variable) == "1":
+        pytest.fail(f"{reason}, and {expect_variable}=1 says that it is there")
+    pytest.skip(reason)

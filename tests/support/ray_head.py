@@ -1,0 +1,86 @@
+"""A real Ray cluster of one node, started with `ray start --head` and driven by `ray job submit`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from tests.support.process import Child, answers_http, free_ports
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """How a submitted job ended."""
+
+    exit_code: int
+    logs: str
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A running head node."""
+
+    address: str
+    """`host:port` for `ray.init(address)` and RAY_ADDRESS."""
+    jobs_url: str
+    """The dashboard, for `ray job submit --address`."""
+    child: Child
+
+    def submit_job(
+        self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None, timeout_s: float = 280.0
+    ) -> JobOutcome:
+        """What `ray job submit --working-dir DIR -- ENTRYPOINT` does; TimeoutError stops the job and shows its log."""
+        client = JobSubmissionClient(self.jobs_url)
+        excludes = [".git", ".venv", "**/__pycache__", "*.db", "runs", "mlruns", "mlartifacts"]
+        runtime_env = {"working_dir": str(working_dir), "excludes": excludes, "env_vars": dict(env or {})}
+        job_id = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+        deadline = time.monotonic() + timeout_s
+        while not (status := client.get_job_status(job_id)).is_terminal():
+            if time.monotonic() > deadline:
+                client.stop_job(job_id)
+                raise TimeoutError(f"{entrypoint!r} ran past {timeout_s:.0f} s:\n{client.get_job_logs(job_id)}")
+            time.sleep(0.25)
+        code = client.get_job_info(job_id).driver_exit_code
+        if code is None:  # the driver was never started: its runtime environment failed, or it was stopped
+            code = 0 if status is JobStatus.SUCCEEDED else 1
+        return JobOutcome(code, client.get_job_logs(job_id))
+
+
+def start_ray_head(folder: Path, *, num_cpus: int = 3) -> RayHead:
+    """`folder` must have a short path: Ray's Unix sockets lie in it (limit 107 characters)."""
+    names = (
+        "port",
+        "dashboard-port",
+        "ray-client-server-port",
+        "node-manager-port",
+        "object-manager-port",
+        "metrics-export-port",
+        "runtime-env-agent-port",
+        "dashboard-agent-grpc-port",
+        "dashboard-agent-listen-port",
+    )
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
+    command += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--temp-dir={folder}", "--object-store-memory=400000000"]
+    # 0: the kernel chooses. The default range, 10002 to 19999, would be shared with other clusters of this machine.
+    command += ["--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    child = Child.start("ray head", command, log_path=folder / "head.log", env=env | {"RAY_AUTH_MODE": "disabled"})
+    jobs_url = f"http://127.0.0.1:{ports['dashboard-port']}"
+    agent_url = f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}"
+    try:
+        # Jobs are started by the node's agent, which is up a moment after the dashboard.
+        ready = (f"{jobs_url}/api/version", f"{agent_url}/api/local_raylet_healthz")
+        child.wait_until(lambda: all(map(answers_http, ready)), timeout_s=120)
+    except BaseException:
+        child.stop()
+        raise
+    return RayHead(f"127.0.0.1:{ports['port']}", jobs_url, child)
