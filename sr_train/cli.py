@@ -1,0 +1,132 @@
+"""Command line → config: a preset, or the saved config of a run to resume, plus overrides as typed flags."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Generic, NoReturn
+
+import tyro
+
+from sr_data.storage import open_store
+from sr_train.config import ConfigError, ModelT, TrainConfig, config_from_dict, config_to_dict, flatten
+
+CONFIG_KEY = "config.json"
+"""Where a run keeps its resolved config, below its folder."""
+
+# What a resumed run may change: how long, where and how watched, but nothing that earlier samples or updates depended on.
+_MAY_CHANGE_ON_RESUME = (
+    "run.",
+    "tracking.",
+    "checkpoint.",
+    "validation.",
+    "data.uri",
+    "data.pool_gib",
+    "data.placement",
+    "data.decode_threads",
+    "data.on_bad_image",
+    "optim.total_patches",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(Generic[ModelT]):
+    config: TrainConfig[ModelT]
+    plan_only: bool
+    resume: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options(Generic[ModelT]):
+    """What the flags of a training script are."""
+
+    config: Annotated[TrainConfig[ModelT], tyro.conf.arg(name="")]
+    preset: str
+    """Named config to start from."""
+    plan: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Check everything, print the resolved plan, train nothing."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on with the run --run.name from its newest checkpoint, if it has one."""
+
+
+def parse_train(
+    arguments: Sequence[str],
+    *,
+    model_type: type[ModelT],
+    presets: Mapping[str, TrainConfig[ModelT]],
+    default_preset: str,
+    prog: str,
+    description: str,
+) -> TrainCommand[ModelT]:
+    """Exits with status 2 and the flag's name on an unknown flag or a wrong value (ConfigError for contradictory ones).
+
+    With --resume and no --preset, the saved config of --run.name is what the other flags override."""
+    preset = _given(arguments, "--preset")
+    if preset is not None and preset not in presets:
+        raise ConfigError(f"--preset {preset!r} is unknown; there are: {', '.join(presets)}")
+    base = presets[preset or default_preset]
+
+    def parse(default: TrainConfig[ModelT]) -> _Options[ModelT]:
+        return tyro.cli(
+            _Options[model_type],  # type: ignore[valid-type]
+            default=_Options(config=default, preset=preset or default_preset),
+            args=list(arguments),
+            prog=prog,
+            description=f"{description}\n\nPresets: {', '.join(presets)}.",
+        )
+
+    options = parse(base)
+    saved = _saved_config(options.config, model_type) if options.resume else None
+    if saved is not None:
+        options = parse(saved) if preset is None else options
+        _require_same_run(saved, options.config)
+    config = options.config
+    if not config.data.uri:
+        raise ConfigError(
+            f"preset {preset} trains on a dataset of yours: give its place with --data.uri, for example s3://bucket/div2k"
+        )
+    return TrainCommand(config=config, plan_only=options.plan, resume=options.resume)
+
+
+def _given(arguments: Sequence[str], flag: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _saved_config(config: TrainConfig[ModelT], model_type: type[ModelT]) -> TrainConfig[ModelT] | None:
+    """The config that a run of that name left in its folder; None if there is no such run yet."""
+    storage = open_store(config.run.storage)
+    if config.run.name is None:
+        raise ConfigError(f"--resume needs --run.name: which run below --run.storage {storage.uri} to go on with")
+    key = f"{config.run.name}/{CONFIG_KEY}"
+    if not storage.exists(key):
+        return None
+    values = json.loads(storage.read_text(key))
+    return config_from_dict(model_type, values)
+
+
+def _require_same_run(saved: TrainConfig[ModelT], asked: TrainConfig[ModelT]) -> None:
+    before, after = flatten(config_to_dict(saved)), flatten(config_to_dict(asked))
+    changed = [
+        f"--{name.replace('_', '-')} {after[name]} (was {before[name]})"
+        for name in after
+        if before.get(name) != after[name]
+        and not name.startswith(_MAY_CHANGE_ON_RESUME)
+        # The plan fills these in; an option left open is not a change.
+        and not (name == "data.window_images" and after[name] == "None")
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume can't change what run {asked.run.name!r} was trained with: {'; '.join(changed)}. "
+            f"Leave these out to go on, or start another run with another --run.name."
+        )
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """Ends a pipeline on an error that the user can mend: its message on stderr, status 2, no traceback."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
