@@ -2,21 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import nn
 
 from sr_models import edsr
 from sr_models.errors import ModelError
-
-
-class ModelConfig(Protocol):
-    """A frozen dataclass of plain values (int, float, bool, str) that a network class takes as its only argument."""
-
-    @property
-    def scale(self) -> int:
-        """Upscaling factor."""
+from sr_models.network import ModelConfig, SRNetwork
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,16 +17,14 @@ class Architecture:
 
     config_type: type[Any]
     """Dataclass of the config."""
-    network_type: Callable[[Any], nn.Module]
-    """Network class; its forward takes RGB N×3×H×W in [0, 1] and returns N×3×sH×sW, not clamped."""
+    network_type: Callable[[Any], SRNetwork]
+    """Network class."""
     macs_per_lr_pixel: Callable[[Any], int]
     """Config → multiply-adds of a forward pass per LR pixel."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "edsr": Architecture(
-        config_type=edsr.EDSRConfig, network_type=edsr.EDSR, macs_per_lr_pixel=edsr.macs_per_lr_pixel
-    ),
+    "edsr": Architecture(config_type=edsr.EDSRConfig, network_type=edsr.EDSR, macs_per_lr_pixel=edsr.macs_per_lr_pixel),
 }
 
 
@@ -54,9 +44,12 @@ def architecture_name(config: ModelConfig) -> str:
     raise ModelError(f"{type(config).__name__} is no architecture's config; there are: {known}")
 
 
-def build_model(config: ModelConfig, *, seed: int | None = None) -> nn.Module:
-    """A freshly initialised network on the CPU. With a seed the weights depend on it alone, and PyTorch's global random
-    state stays as it was; without one they are drawn from that state."""
+def build_model(config: ModelConfig, *, seed: int | None = None) -> SRNetwork:
+    """A freshly initialised network on the CPU.
+
+    With a seed the weights depend on it alone, and PyTorch's global random state stays as it was; without one they are
+    drawn from that state.
+    """
     network_type = ARCHITECTURES[architecture_name(config)].network_type
     if seed is None:
         return network_type(config)
@@ -83,8 +76,10 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_dict(name: str, values: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `config_to_dict`. Fields that are missing get their defaults; ModelError for an unknown architecture,
-    an unknown key, a value of the wrong type or one out of range."""
+    """The inverse of `config_to_dict`; missing fields get their defaults.
+
+    ModelError for an unknown architecture, an unknown key, a value of the wrong type or one out of range.
+    """
     config_type = architecture(name).config_type
     hints = get_type_hints(config_type)
     for key, value in values.items():

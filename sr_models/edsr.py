@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sr_models.errors import ModelError
+from sr_models.network import SRNetwork
 
-# Mean of the 800 DIV2K training images, RGB in [0, 1]; the paper's code subtracts it from the input, adds it to the output.
+# Mean of the 800 DIV2K training images, RGB in [0, 1]: the paper's code subtracts it from the input and adds it to the
+# output.
 DIV2K_MEAN_RGB = (0.4488, 0.4371, 0.4040)
 
 UPSAMPLER_STAGES: dict[int, tuple[int, ...]] = {2: (2,), 3: (3,), 4: (2, 2)}
@@ -34,8 +36,8 @@ class EDSRConfig:
     residual_scaling: float = 1.0
     """Factor on each residual before it is added (the paper: 0.1 for 256 channels, where 1.0 is unstable), above 0."""
     rgb_range: float = 255.0
-    """Pixel range that the layers see. Images are [0, 1] outside; the paper's network works on 0–255. It matters: biases are
-    not scale-free, and Adam's steps have a fixed size, so the paper's learning rates and weights belong to 255."""
+    """Pixel range that the layers see, above 0; images are [0, 1] outside whatever it is. The paper's is 255, and its
+    learning rates and weights belong to it: biases don't scale with the input, and Adam's steps have a fixed size."""
 
     def __post_init__(self) -> None:
         if self.scale not in UPSAMPLER_STAGES:
@@ -66,15 +68,14 @@ class ResidualBlock(nn.Module):
         return torch.add(features_NCHW, residual_NCHW, alpha=self.residual_scaling)
 
 
-class EDSR(nn.Module):
+class EDSR(SRNetwork):
     """EDSR (figure 3). Weights start as PyTorch's default for convolutions, like the authors' code.
 
     The mean is a non-persistent buffer: it is never trained, moves with the network, and is not part of its weights.
     """
 
     upsampler_prefixes = ("upsampler.",)
-    """Weights whose names or shapes depend on the scale; all others can be taken over from another scale's network."""
-
+    config: EDSRConfig
     mean_1C11: Tensor
 
     def __init__(self, config: EDSRConfig) -> None:
@@ -83,7 +84,8 @@ class EDSR(nn.Module):
         self.config = config
         self.register_buffer("mean_1C11", torch.tensor(DIV2K_MEAN_RGB).view(1, 3, 1, 1), persistent=False)
         self.head = _conv3x3(3, channels)
-        self.blocks = nn.Sequential(*(ResidualBlock(channels, config.residual_scaling) for _ in range(config.num_blocks)))
+        blocks = [ResidualBlock(channels, config.residual_scaling) for _ in range(config.num_blocks)]
+        self.blocks = nn.Sequential(*blocks)
         self.body_end = _conv3x3(channels, channels)
         stages: list[nn.Module] = []
         for factor in UPSAMPLER_STAGES[config.scale]:
@@ -93,13 +95,17 @@ class EDSR(nn.Module):
 
     @property
     def receptive_radius_px_lr(self) -> int:
-        """LR pixels on each side of a pixel that can change its SR pixels: one a convolution up to the end of the body,
-        one for the upsampler's first convolution, and one for all later ones together (they are finer than an LR pixel)."""
+        """One for each convolution up to the end of the body, one for the upsampler's first, and one for all later ones
+        together: they work on pixels finer than an LR pixel.
+        """
         return 2 * self.config.num_blocks + 4
 
     def forward(self, lr_NCHW: Tensor) -> Tensor:
-        """RGB in [0, 1], N×3×H×W → RGB N×3×sH×sW, not clamped. Output is in the parameters' dtype, also under autocast
-        (the mean is added in full precision: bfloat16 holds only 8 bits of a pixel)."""
+        """RGB N×3×H×W in [0, 1] → RGB N×3×sH×sW, not clamped.
+
+        The output has the network's own dtype, also under autocast: bfloat16's 8 significant bits can't hold the sum with
+        the mean.
+        """
         input_NCHW = (lr_NCHW - self.mean_1C11) * self.config.rgb_range
         head_NCHW: Tensor = self.head(input_NCHW)
         body_NCHW: Tensor = self.body_end(self.blocks(head_NCHW)) + head_NCHW

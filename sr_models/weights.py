@@ -10,10 +10,11 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sr_models.architectures import ModelConfig, architecture_name, build_model, config_from_dict, config_to_dict
+from sr_models.architectures import architecture_name, build_model, config_from_dict, config_to_dict
 from sr_models.errors import ModelError
+from sr_models.network import ModelConfig, SRNetwork
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -23,8 +24,11 @@ _NO_NOTES: Mapping[str, str] = MappingProxyType({})
 def save_model(
     folder: Path, config: ModelConfig, state: Mapping[str, Tensor], *, notes: Mapping[str, str] = _NO_NOTES
 ) -> None:
-    """Writes a folder that `load_model` reads. `state` is the network's state dict, on any device; `notes` are free text
-    about its origin. ModelError, and nothing written, if the state is not that of the config's network."""
+    """Writes a folder that `load_model` reads.
+
+    `state` is the network's state dict, on any device; `notes` are free text about its origin. ModelError, and nothing
+    written, if the state is not that of the config's network.
+    """
     name = architecture_name(config)
     with torch.device("meta"):
         check_state(build_model(config), state, origin="the state to save")
@@ -35,9 +39,12 @@ def save_model(
     (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder: Path) -> nn.Module:
-    """The network in a folder written by `save_model`, in evaluation mode on the CPU. ModelError names the folder and what
-    does not fit: a missing or damaged file, an unknown architecture or config key, missing or extra tensors, a shape."""
+def load_model(folder: Path) -> SRNetwork:
+    """The network in a folder written by `save_model`, in evaluation mode on the CPU.
+
+    ModelError names the folder and what does not fit: a missing or damaged file, an unknown architecture or config key,
+    missing or extra tensors, a shape.
+    """
     config = load_config(folder)
     weights_path = folder / WEIGHTS_FILE
     try:
@@ -49,7 +56,8 @@ def load_model(folder: Path) -> nn.Module:
     model = build_model(config, seed=0)
     check_state(model, state, origin=str(weights_path))
     model.load_state_dict(state)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -71,7 +79,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise ModelError(f"{path}: {error}") from error
 
 
-def check_state(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
+def check_state(model: SRNetwork, state: Mapping[str, Tensor], *, origin: str) -> None:
     """ModelError, listing the tensors, unless `state` has exactly the names and shapes of the model's state dict."""
     own = model.state_dict()
     shapes = [
@@ -104,19 +112,20 @@ class LoadReport:
     """Of the other network, without a place in this one."""
 
 
-def load_matching(model: nn.Module, state: Mapping[str, Tensor], *, config: ModelConfig | None = None) -> LoadReport:
-    """Starts a network from one of another scale (EDSR, section 4.2: x3 and x4 start from x2): copies every tensor of equal
-    name and shape in place. Only the upsampler (`upsampler_prefixes` of the network) may differ; ModelError, and nothing
-    copied, if anything else does. With the other network's `config`, values that no tensor shows (the residuals' factor, the
-    pixel range) are compared too."""
+def load_matching(model: SRNetwork, state: Mapping[str, Tensor], *, config: ModelConfig | None = None) -> LoadReport:
+    """Starts a network from one of another scale, as the EDSR paper starts x3 and x4 from x2 ("Single-scale model").
+
+    Copies in place every tensor of equal name and shape. Only the upsampler (`upsampler_prefixes` of the network) may
+    differ; ModelError, and nothing copied, if anything else does. With the other network's `config`, values that show in
+    no tensor are compared too (the residuals' factor, the pixel range).
+    """
     if config is not None:
         _check_same_but_scale(model, config)
-    prefixes: tuple[str, ...] = getattr(model, "upsampler_prefixes", ())
     own = model.state_dict()
     loaded = [key for key in own if key in state and state[key].shape == own[key].shape]
     fresh = [key for key in own if key not in loaded]
     unused = [key for key in state if key not in loaded]
-    differing = [key for key in dict.fromkeys((*fresh, *unused)) if not key.startswith(prefixes)]
+    differing = [key for key in dict.fromkeys((*fresh, *unused)) if not key.startswith(model.upsampler_prefixes)]
     if differing:
         raise ModelError(
             f"can't start {type(model).__name__} from these weights: besides the upsampler, {_some(differing)} differ; "
@@ -126,14 +135,14 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], *, config: Mode
     return LoadReport(loaded=tuple(loaded), fresh=tuple(fresh), unused=tuple(unused))
 
 
-def _check_same_but_scale(model: nn.Module, other: ModelConfig) -> None:
-    own: ModelConfig = model.config  # type: ignore[assignment]  # every network has it, nn.Module can't know
+def _check_same_but_scale(model: SRNetwork, other: ModelConfig) -> None:
+    own = model.config
     if architecture_name(own) != architecture_name(other):
         raise ModelError(f"can't start {architecture_name(own)!r} from the weights of {architecture_name(other)!r}")
     values = config_to_dict(other)
     for key, value in config_to_dict(own).items():
         if key != "scale" and value != values[key]:
-            raise ModelError(f"can't start from these weights: they are of {key}={values[key]}, the network has {key}={value}")
+            raise ModelError(f"can't start from weights of {key}={values[key]}: the network has {key}={value}")
 
 
 def _some(keys: Iterable[str], limit: int = 6) -> str:
