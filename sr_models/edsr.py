@@ -103,8 +103,8 @@ class EDSR(SRNetwork):
     def forward(self, lr_NCHW: Tensor) -> Tensor:
         """RGB N×3×H×W in [0, 1] → RGB N×3×sH×sW, not clamped.
 
-        The output has the network's own dtype, also under autocast: bfloat16's 8 significant bits can't hold the sum with
-        the mean.
+        The output has the network's own dtype, also under autocast: bfloat16's 8 significant bits can't hold the sum
+        with the mean.
         """
         input_NCHW = (lr_NCHW - self.mean_1C11) * self.config.rgb_range
         head_NCHW: Tensor = self.head(input_NCHW)

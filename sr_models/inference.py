@@ -17,8 +17,8 @@ def upscale_image(
 
     The image is cut into tiles of at most `tile_px_lr` square; each is run with a border as wide as the network can see
     (`receptive_radius_px_lr`), which is then cut off, so the result is that of the whole image up to float rounding.
-    `self_ensemble` averages over the eight flips and quarter turns (EDSR, "Geometric self-ensemble"), for eight times the work.
-    The model's training mode is left as it was. ModelError if the image or the tile size is not as it must be.
+    `self_ensemble` averages over the eight flips and quarter turns (EDSR, "Geometric self-ensemble"): eight times the
+    work. The model's training mode is left as it was. ModelError if the image or the tile size is not as it must be.
     """
     if lr_HWC.dtype != np.uint8 or lr_HWC.ndim != 3 or lr_HWC.shape[2] != 3 or 0 in lr_HWC.shape:
         raise ModelError(f"an image must be uint8 of shape (height, width, 3), not {lr_HWC.dtype} {lr_HWC.shape}")

@@ -1,7 +1,7 @@
 """The registered model's entry point: MLflow loads this file ("models from code") with a folder of weights beside it.
 
 It needs this package, numpy, torch, safetensors and MLflow, nothing else of the project. It is logged with
-`mlflow.pyfunc.log_model(python_model=<this file>, artifacts={"model": <save_model's folder>}, code_paths=[<sr_models>])`.
+`log_model(python_model=<this file>, artifacts={"model": <save_model's folder>}, code_paths=[<sr_models>])`.
 """
 
 from pathlib import Path

@@ -116,8 +116,8 @@ def load_matching(model: SRNetwork, state: Mapping[str, Tensor], *, config: Mode
     """Starts a network from one of another scale, as the EDSR paper starts x3 and x4 from x2 ("Single-scale model").
 
     Copies in place every tensor of equal name and shape. Only the upsampler (`upsampler_prefixes` of the network) may
-    differ; ModelError, and nothing copied, if anything else does. With the other network's `config`, values that show in
-    no tensor are compared too (the residuals' factor, the pixel range).
+    differ; ModelError, and nothing copied, if anything else does. With the other network's `config`, values that show
+    in no tensor are compared too (the residuals' factor, the pixel range).
     """
     if config is not None:
         _check_same_but_scale(model, config)
