@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sr_models.errors import ModelError
 from sr_models.network import SRNetwork
 
 
 def upscale_image(
-    model: SRNetwork, lr_HWC: np.ndarray, *, tile_px_lr: int = 192, self_ensemble: bool = False
+    model: nn.Module, lr_HWC: np.ndarray, *, tile_px_lr: int = 192, self_ensemble: bool = False
 ) -> np.ndarray:
     """uint8 RGB H×W×3 → uint8 RGB sH×sW×3, computed in the model's dtype on its device, clamped and rounded to nearest.
 
@@ -20,6 +20,8 @@ def upscale_image(
     `self_ensemble` averages over the eight flips and quarter turns (EDSR, "Geometric self-ensemble"): eight times the
     work. The model's training mode is left as it was. ModelError if the image or the tile size is not as it must be.
     """
+    if not isinstance(model, SRNetwork):
+        raise ModelError(f"{type(model).__name__} is not a network of sr_models; of a wrapper, pass what it wraps")
     if lr_HWC.dtype != np.uint8 or lr_HWC.ndim != 3 or lr_HWC.shape[2] != 3 or 0 in lr_HWC.shape:
         raise ModelError(f"an image must be uint8 of shape (height, width, 3), not {lr_HWC.dtype} {lr_HWC.shape}")
     if tile_px_lr < 1:

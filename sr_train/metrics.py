@@ -2,8 +2,8 @@
 
 A number without its protocol means nothing: the same images read up to 1.5 dB apart. A protocol's name says which
 channels the PSNR is of and how many pixels are cut off each border before anything is computed. SSIM is always that of
-Y, the form the super-resolution papers print. Everything is computed in float64 from the 8-bit RGB images; docs/metrics.md
-says why.
+Y, the form the super-resolution papers print. Everything is computed in float64 from the 8-bit RGB images. The reasons
+are in docs/metrics.md.
 """
 
 import math

@@ -87,9 +87,9 @@ def validate_distributed(
 ) -> SetScore:
     """The score of a set whose images are shared out over the workers, on every worker.
 
-    `gather` returns every worker's list to every worker (`torch.distributed.all_gather_object`); for a worker alone it is
-    `lambda scores: [scores]`. Every worker must call this, also one without images. Each image belongs to one worker, so
-    none is padded or counted twice: the result is `mean_score` of all images.
+    `gather` returns every worker's list to every worker (`torch.distributed.all_gather_object`); for a worker alone it
+    is `lambda scores: [scores]`. Every worker must call this, also one without images. Each image belongs to one
+    worker, so none is padded or counted twice: the result is `mean_score` of all images.
     """
     local_scores = score_pairs(upscale, local_pairs, scale=scale, protocol=protocol)
     everyones = gather(local_scores)
