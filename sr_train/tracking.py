@@ -1,0 +1,248 @@
+"""The MLflow run: what starts it, what is sent to it during training, what ends it.
+
+Every call names its tracking server; MLflow's process-wide state (active run, tracking URI) is neither read nor
+changed, with one exception, `tracking_server.connect`, which says what and why.
+"""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from sr_data.decode import encode_png
+
+from sr_train.outbox import Outbox, RefusedError, replay
+from sr_train.run_facts import run_facts
+from sr_train.spool import Record, Segment
+from sr_train.tracking_server import (
+    TrackingError,
+    as_tracking_error,
+    check_tracking,
+    connect,
+    redact,
+    resolve_tracking_uri,
+    sqlite_path,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["RunHandle", "Status", "Tracker", "TrackingError", "check_tracking", "finish_run", "replay_spool",
+           "resolve_tracking_uri", "run_facts", "start_run"]  # fmt: skip
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+MAX_PARAMS_PER_REQUEST = 100  # a limit of MLflow's REST API, as are 100 tags and 1,000 metrics
+
+
+@dataclass(frozen=True, slots=True)
+class RunHandle:
+    """A run, as plain values: it travels from the driver to the workers."""
+
+    tracking_uri: str
+    """Absolute; may hold a password, so it is never printed or recorded."""
+    run_id: str
+    experiment_id: str
+    run_name: str
+    url: str
+    """Where to look at it: a page, or for a database the command that serves the page."""
+
+
+def start_run(
+    *,
+    tracking_uri: str,
+    experiment: str,
+    run_name: str,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    texts: Mapping[str, str],
+    parent_run_id: str | None = None,
+    run_id: str | None = None,
+) -> RunHandle:
+    """Create a run, or go on with `run_id`, and record what is known about it: `texts` are files by path.
+
+    A parameter of a run can't change in MLflow. Where a resumed run has another value than it began with, the new value
+    becomes the tag `resumed.<parameter>`. Raises TrackingError.
+    """
+    uri = resolve_tracking_uri(tracking_uri)
+    with as_tracking_error(uri):
+        client = connect(uri)
+        if run_id is None:
+            experiment_id = _experiment(client, uri, experiment)
+            all_tags = {**({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}), **tags}
+            run = client.create_run(experiment_id, tags=all_tags, run_name=run_name)
+            known: Mapping[str, str] = {}
+        else:
+            client.update_run(run_id, status="RUNNING")
+            run = client.get_run(run_id)
+            known = run.data.params
+            changed = {f"resumed.{key}": value for key, value in params.items() if known.get(key, value) != value}
+            _log(client, run_id, tags={**tags, **changed})
+        handle = RunHandle(
+            tracking_uri=uri,
+            run_id=run.info.run_id,
+            experiment_id=run.info.experiment_id,
+            run_name=run.info.run_name,
+            url=_url(uri, run.info.experiment_id, run.info.run_id),
+        )
+        _log(client, handle.run_id, params={key: value for key, value in params.items() if key not in known})
+        for path, text in texts.items():
+            client.log_text(handle.run_id, text, path)
+    return handle
+
+
+def finish_run(run: RunHandle, status: Status, *, spool: Path | None = None) -> None:
+    """End the run. Raises TrackingError; where a `spool` is given, `replay_spool` can then end the run later."""
+    try:
+        with as_tracking_error(run.tracking_uri):
+            connect(run.tracking_uri).set_terminated(run.run_id, status)
+    except TrackingError:
+        if spool is not None:
+            segment = Segment.create(_spool_of(run, spool))
+            segment.append({"kind": "status", "status": status, "time_ms": _now_ms()})
+            segment.close()
+        raise
+
+
+class Tracker:
+    """Sends what happens during training to the run. Training never waits for it and never fails by it.
+
+    Everything goes through a spool on disk, in order (see `sr_train.outbox`). What an earlier Tracker of this run left
+    in the same spool is sent first. While the server is away records gather on disk, and are sent when it is back.
+    """
+
+    def __init__(self, run: RunHandle, *, spool: Path) -> None:
+        """Start sending. Raises OSError if `spool` (a folder, absolute; made if missing) can't be written."""
+        self.run = run
+        self._outbox = Outbox(
+            _spool_of(run, spool), partial(_deliver, run), receiver=f"tracking server {redact(run.tracking_uri)}"
+        )
+
+    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        """Record numbers at `step`; their time is now. NaN and ±inf are allowed (MLflow stores ±1.8e308)."""
+        numbers = {key: float(value) for key, value in values.items()}
+        self._outbox.put({"kind": "metrics", "time_ms": _now_ms(), "step": step, "values": numbers})
+
+    def image(self, path: str, image_HWC: np.ndarray) -> None:
+        """Record a picture (uint8, RGB) as a PNG artefact at `path`, e.g. "samples/step-0100.png"."""
+        if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
+            raise ValueError(f"{path}: got {image_HWC.dtype} {image_HWC.shape}, want uint8 of shape (height, width, 3)")
+        encode = partial(
+            encode_png, image_HWC.copy()
+        )  # a copy: the caller may go on drawing; encoding takes 50 times as long
+        self._outbox.put({"kind": "file", "path": path}, encode=encode, num_bytes=image_HWC.nbytes)
+
+    def text(self, path: str, text: str) -> None:
+        """Record a text as an artefact at `path`."""
+        content = text.encode()
+        self._outbox.put({"kind": "file", "path": path}, encode=lambda: content, num_bytes=len(content))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        self._outbox.put({"kind": "tags", "values": {key: str(value) for key, value in values.items()}})
+
+    def close(self, timeout_s: float = 30.0) -> int:
+        """Send what is left, for at most `timeout_s`; returns how many items were not delivered: they stay in the spool."""
+        return self._outbox.close(timeout_s)
+
+
+def replay_spool(run: RunHandle, spool: Path) -> int:
+    """Send what Trackers of this run that are gone left in `spool`; returns the number of items still unsent."""
+    return replay(_spool_of(run, spool), partial(_deliver, run))
+
+
+def _deliver(run: RunHandle, records: Sequence[Record], folder: Path) -> None:
+    """Send records to the run; RefusedError if MLflow finds them invalid. Sending twice changes nothing.
+
+    A metric's identity in MLflow is (key, step, time, value), so a repeated one is dropped; the rest overwrites itself.
+    """
+    if run.tracking_uri.startswith("sqlite:") and not sqlite_path(run.tracking_uri).exists():
+        # Opening it would make an empty one: this is another machine, or somebody moved the file.
+        raise TrackingError(f"{run.tracking_uri} does not exist on this machine")
+    client = connect(run.tracking_uri)
+    from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
+
+    try:
+        match records[0]["kind"]:
+            case "file":
+                path = Path(records[0]["path"])
+                parent = path.parent.as_posix() if path.parent.name else None
+                client.log_artifact(run.run_id, str(folder / records[0]["file"]), parent)
+            case "status":
+                client.set_terminated(run.run_id, records[0]["status"], end_time=records[0]["time_ms"])
+            case _:
+                metrics = [
+                    Metric(key, value, record["time_ms"], record["step"])
+                    for record in records
+                    if record["kind"] == "metrics"
+                    for key, value in record["values"].items()
+                ]
+                tags: dict[str, str] = {}
+                for record in records:
+                    tags |= record["values"] if record["kind"] == "tags" else {}
+                _log(client, run.run_id, metrics=metrics, tags=tags)
+    except MlflowException as error:
+        if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            raise RefusedError(str(error)) from error
+        raise
+
+
+def _log(
+    client: "MlflowClient",
+    run_id: str,
+    *,
+    params: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+    metrics: Sequence[Any] = (),
+) -> None:
+    """Log any number of entries, in requests as large as MLflow takes."""
+    from mlflow.entities import Param, RunTag
+
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    entries: list[Any] = [Param(key, str(value)) for key, value in (params or {}).items()]
+    for start in range(0, len(entries), MAX_PARAMS_PER_REQUEST):
+        client.log_batch(run_id, params=entries[start : start + MAX_PARAMS_PER_REQUEST])
+    entries = [RunTag(key, str(value)) for key, value in (tags or {}).items()]
+    for start in range(0, len(entries), MAX_PARAMS_PER_REQUEST):
+        client.log_batch(run_id, tags=entries[start : start + MAX_PARAMS_PER_REQUEST])
+
+
+def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
+    """Return the id of the experiment, made if missing. Without a server its artefacts lie beside the database."""
+    from mlflow.exceptions import MlflowException
+
+    location = None
+    if uri.startswith("sqlite:"):  # MLflow's default would be a folder in whatever working directory a process has
+        location = (sqlite_path(uri).parent / "mlartifacts" / re.sub(r"[^\w.-]+", "-", name)).as_uri()
+    if (found := client.get_experiment_by_name(name)) is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run of a sweep was faster
+                raise
+        found = client.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {name!r} at {redact(uri)} was deleted: restore it, or use another (--tracking.experiment)"
+        )
+    return str(found.experiment_id)
+
+
+def _url(uri: str, experiment_id: str, run_id: str) -> str:
+    if uri.startswith("http"):
+        return f"{redact(uri)}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"mlflow ui --backend-store-uri {redact(uri)}"
+
+
+def _spool_of(run: RunHandle, spool: Path) -> Path:
+    return spool / run.run_id
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
