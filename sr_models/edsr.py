@@ -64,6 +64,7 @@ class ResidualBlock(nn.Module):
         self.residual_scaling = residual_scaling
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
+        """Features of any size, of the same shape in and out."""
         residual_NCHW: Tensor = self.conv2(torch.relu(self.conv1(features_NCHW)))
         return torch.add(features_NCHW, residual_NCHW, alpha=self.residual_scaling)
 

@@ -28,4 +28,5 @@ class SRNetwork(nn.Module):
         raise NotImplementedError
 
     def forward(self, lr_NCHW: Tensor) -> Tensor:
+        """RGB N×3×H×W in [0, 1] → RGB N×3×sH×sW, not clamped."""
         raise NotImplementedError

@@ -25,7 +25,8 @@ class UpscaleImages(PythonModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(Path(context.artifacts["model"])).to(device)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:  # noqa: ARG002
+    # `np.ndarray` is a hint that MLflow leaves alone; Any, or none, makes it warn at each load.
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:  # noqa: ARG002
         """Upscales a batch of images of one size; ModelError if they are not as above.
 
         `params` may hold `tile_px_lr` and `self_ensemble`, see `upscale_image`.
