@@ -28,9 +28,10 @@ def imresize(
 
     Args:
         image_HWC: uint8 in [0, 255] or float64 in any range, any number of channels.
-        output_height, output_width: in pixels, at least 1.
-        scale: output pixels per input pixel in both directions, as in MATLAB's `imresize(image, scale)`; without it each
-            direction's is output / input, as in `imresize(image, [height width])`.
+        output_height: in pixels, at least 1.
+        output_width: in pixels, at least 1.
+        scale: output pixels per input pixel in both directions, as in MATLAB's `imresize(image, scale)`; without it
+            each direction's is output / input, as in `imresize(image, [height width])`.
 
     Returns:
         HWC of the same dtype. uint8 is rounded half away from zero and clipped after each of the two passes, as MATLAB
@@ -55,8 +56,8 @@ def imresize(
         turned = np.ascontiguousarray(image.swapaxes(0, 1))
         return _resize_rows(turned, output_width, scale_width).swapaxes(0, 1)
 
-    # MATLAB goes through the directions by ascending scale, rows first if they are equal. uint8 is rounded in between, so
-    # the order shows in the result.
+    # MATLAB goes through the directions by ascending scale, rows first if they are equal. uint8 is rounded in between,
+    # so the order shows in the result.
     resized = columns(rows(image_HWC)) if scale_height <= scale_width else rows(columns(image_HWC))
     return np.ascontiguousarray(resized)
 
@@ -84,7 +85,7 @@ def upscale_bicubic(lr_HWC: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
 def crop_to_multiple(hr_HWC: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     """The image without the rows at the bottom and columns at the right that `scale` does not divide (a view).
 
-    This is the papers' `modcrop`: the origin stays, so that LR pixel (0, 0) covers HR pixels (0, 0) to (scale-1, scale-1).
+    It is the papers' `modcrop`. The origin stays: LR pixel (0, 0) covers HR pixels (0, 0) to (scale-1, scale-1).
     """
     height, width = hr_HWC.shape[:2]
     return hr_HWC[: height - height % scale, : width - width % scale]
@@ -105,9 +106,7 @@ def _resize_rows(image_HWC: NDArray[np.generic], output_length: int, scale: floa
 
 
 @lru_cache(maxsize=64)
-def _contributions(
-    input_length: int, output_length: int, scale: float
-) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+def _contributions(input_length: int, output_length: int, scale: float) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """`contributions` of imresize.m: what each of O output pixels takes from which T input pixels, in float64."""
     stretch = min(scale, 1.0)  # antialiasing: when shrinking, the kernel is as wide as 4 output pixels
     width = _KERNEL_WIDTH / stretch
@@ -129,6 +128,6 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Keys' cubic convolution kernel with a = -1/2, written as in imresize.m."""
     ax = np.abs(x)
     ax2, ax3 = ax**2, ax**3
-    near = (1.5 * ax3 - 2.5 * ax2 + 1) * (ax <= 1)
-    far = (-0.5 * ax3 + 2.5 * ax2 - 4 * ax + 2) * ((ax > 1) & (ax <= 2))
+    near: NDArray[np.float64] = (1.5 * ax3 - 2.5 * ax2 + 1) * (ax <= 1)
+    far: NDArray[np.float64] = (-0.5 * ax3 + 2.5 * ax2 - 4 * ax + 2) * ((ax > 1) & (ax <= 2))
     return near + far
