@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from sr_data.errors import StorageError
 from sr_data.storage import Store
-from sr_models.architectures import ARCHITECTURES, ModelConfig
+from sr_models.architectures import config_from_dict
+from sr_models.network import ModelConfig
 
 FORMAT = 1
 _SUFFIX = ".safetensors"
@@ -53,7 +53,7 @@ def write_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
         for group, tensors in checkpoint.tensors.items()
         for name, tensor in tensors.items()
     }
-    header = {"format": str(FORMAT), "meta": json.dumps(checkpoint.meta, allow_nan=False, sort_keys=True)}
+    header = {"format": str(FORMAT), "meta": json.dumps(checkpoint.meta, sort_keys=True)}
     key = key_of_step(checkpoint.step)
     store.write(key, save(flat, header))
     return key
@@ -80,13 +80,7 @@ def read_checkpoint(store: Store, key: str) -> Checkpoint:
 
 def list_keys(store: Store) -> list[str]:
     """Keys of all checkpoints in the store, oldest first; none if the folder does not exist yet."""
-    try:
-        entries = store.list()
-    except StorageError:
-        if store.exists(""):
-            raise
-        return []
-    return sorted(entry.key for entry in entries if step_of_key(entry.key) is not None)
+    return sorted(entry.key for entry in store.list() if step_of_key(entry.key) is not None)
 
 
 def latest_key(store: Store) -> str | None:
@@ -105,6 +99,5 @@ def keep(store: Store, *, last: int, best_key: str | None) -> list[str]:
 
 def inference_weights(checkpoint: Checkpoint) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """The network's config and the weights to use it with: the moving average where the run kept one."""
-    architecture = ARCHITECTURES[checkpoint.meta["architecture"]]
     weights = checkpoint.tensors.get("ema") or checkpoint.tensors["model"]
-    return architecture.config_type(**checkpoint.meta["model_config"]), dict(weights)
+    return config_from_dict(checkpoint.meta["architecture"], checkpoint.meta["model_config"]), dict(weights)

@@ -10,9 +10,7 @@ import tyro
 
 from sr_data.storage import open_store
 from sr_train.config import ConfigError, ModelT, TrainConfig, config_from_dict, config_to_dict, flatten
-
-CONFIG_KEY = "config.json"
-"""Where a run keeps its resolved config, below its folder."""
+from sr_train.run_folder import CONFIG_KEY
 
 # What a resumed run may change: how long, where and how watched, but nothing that earlier samples or updates depended on.
 _MAY_CHANGE_ON_RESUME = (

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sr_models.architectures import ModelConfig
+from sr_models.network import ModelConfig
 
 ModelT = TypeVar("ModelT", bound=ModelConfig)
 

@@ -37,8 +37,8 @@ class BatchSource(Protocol):
 class Observer(Protocol):
     """Hears what happens; called on every worker, and free to do nothing on all but one."""
 
-    def on_steps(self, values: Mapping[str, float], *, step: int) -> None:
-        """Averages since the last call: loss, learning_rate, grad_norm, patches_per_s, data_wait_share."""
+    def on_steps(self, values: Mapping[str, float], *, step: int, num_steps: int, seconds: float) -> None:
+        """Averages of the last `num_steps` steps: loss, learning_rate, grad_norm, patches_per_s, data_wait_share."""
 
     def on_validation(self, values: Mapping[str, float], *, step: int, is_best: bool) -> None: ...
 
@@ -56,7 +56,7 @@ class LoopPlan:
     keep_last: int
     early_stop_after: int | None
     early_stop_min_gain_db: float
-    log_interval_steps: int
+    report_interval_s: float = 1.0
     metric: str = "psnr_db"
     """Which of the validation's values is the one to maximise."""
 
@@ -107,8 +107,12 @@ class _Window:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
+    @property
+    def elapsed_s(self) -> float:
+        return max(time.perf_counter() - self.started_s, 1e-9)
+
     def report(self, global_batch_size: int) -> dict[str, float]:
-        elapsed_s = max(time.perf_counter() - self.started_s, 1e-9)
+        elapsed_s = self.elapsed_s
         means = {name: total / self.steps for name, total in self.sums.items()}
         return means | {
             "patches_per_s": self.steps * global_batch_size / elapsed_s,
@@ -134,6 +138,7 @@ def train(
     the position. Raises NonFiniteLossError, CheckpointWriteError, and whatever `source` and `validate` raise."""
     optim = plan.optim
     window = _Window()
+    first_step = position.step + 1
     while position.step < optim.total_steps and not _stops_early(plan, position):
         patches_seen = plan.patches_at(position.step)
         learning_rate = learning_rate_at(plan.schedule, patches_seen=patches_seen, total_patches=optim.total_patches)
@@ -151,12 +156,15 @@ def train(
             step=step, best=position.best, validations_without_gain=position.validations_without_gain
         )
         validation_due = plan.is_due(plan.validation_interval_patches, step)
-        if step % plan.log_interval_steps == 0 or validation_due:
-            observer.on_steps(window.report(optim.global_batch_size), step=step)
+        checkpoint_due = validation_due or plan.is_due(plan.checkpoint_interval_patches, step)
+        if step == first_step or checkpoint_due or window.elapsed_s >= plan.report_interval_s:
+            observer.on_steps(
+                window.report(optim.global_batch_size), step=step, num_steps=window.steps, seconds=window.elapsed_s
+            )
             window = _Window()
         if validation_due:
             position = _validated(plan, position, learner, validate, observer)
-        if validation_due or plan.is_due(plan.checkpoint_interval_patches, step):
+        if checkpoint_due:
             _save(plan, position, learner, store, meta, observer, collective)
             window = _Window()
     return position

@@ -1,0 +1,317 @@
+"""Config → what would happen, and what stands against it: everything that can be known before a GPU is asked for."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
+
+from sr_data.errors import DataError, StorageError
+from sr_data.manifest import ImageRecord, Manifest, load_manifest
+from sr_data.sampling import SamplePlan, slot_range
+from sr_data.storage import open_store
+from sr_models.architectures import architecture_name, macs_per_lr_pixel, num_parameters
+from sr_train import checkpoint as ckpt
+from sr_train.config import ConfigError, TrainConfig
+from sr_train.run_folder import CONFIG_KEY, checkpoint_store
+from sr_train.tracking_server import TrackingError, check_tracking, redact, resolve_tracking_uri
+
+T = TypeVar("T")
+
+_GIB = 1024**3
+_MIN_CPUS_FOR_DECODING = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterFacts:
+    """What the cluster offers now."""
+
+    cpus_per_node: tuple[float, ...]
+    gpus_per_node: tuple[float, ...]
+
+    @property
+    def num_cpus(self) -> float:
+        return sum(self.cpus_per_node)
+
+    @property
+    def num_gpus(self) -> float:
+        return sum(self.gpus_per_node)
+
+
+class PlanError(ValueError):
+    """What stands against the run: every problem found, each with its flag."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(problems) if len(problems) == 1 else "\n".join(["", *(f"- {p}" for p in problems)]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run with nothing left open."""
+
+    config: TrainConfig[Any]
+    """Resolved: name, storage, tracking, device, CPUs, threads and window are set."""
+    train: Manifest
+    validation: Manifest
+    samples: SamplePlan
+    tracking_reachable: bool
+
+    @property
+    def run_uri(self) -> str:
+        return open_store(f"{self.config.run.storage.rstrip('/')}/{self.config.run.name}").uri
+
+    def shard_slots(self, rank: int) -> range:
+        batch = self.config.optim.global_batch_size // self.config.run.num_workers
+        return slot_range(self.samples, rank * batch, batch)
+
+
+def make_plan(
+    config: TrainConfig[Any],
+    cluster: ClusterFacts,
+    *,
+    resume: bool,
+    progress: Callable[[int, int], None] | None = None,
+    now: datetime | None = None,
+) -> Plan:
+    """Checks data, storage, tracking and resources, and fills in what the config left open. PlanError lists all problems."""
+    problems: list[str] = []
+
+    def attempt(check: Callable[[], T], *errors: type[Exception]) -> T | None:
+        try:
+            return check()
+        except errors as error:
+            problems.append(str(error))
+            return None
+
+    config = _named(config, now or datetime.now())
+    storage_ok = attempt(lambda: _check_storage(config, resume=resume), StorageError, ConfigError)
+    reachable = attempt(lambda: _check_tracking(config), TrackingError)
+    placed = attempt(lambda: _placed(config, cluster), ConfigError)
+    train = attempt(lambda: _train_manifest(config, cache=bool(storage_ok), progress=progress), DataError, StorageError)
+    validation = attempt(lambda: _validation_manifest(config, cache=bool(storage_ok)), DataError, StorageError)
+    if problems or placed is None or train is None or validation is None:
+        raise PlanError(problems)
+    try:
+        config, samples = _windowed(placed, train)
+    except ConfigError as error:
+        raise PlanError([str(error)]) from error
+    return Plan(
+        config=config, train=train, validation=validation, samples=samples, tracking_reachable=bool(reachable)
+    )
+
+
+def _named(config: TrainConfig[Any], now: datetime) -> TrainConfig[Any]:
+    kind = f"{architecture_name(config.model)}-x{config.model.scale}"
+    storage = open_store(config.run.storage).uri
+    name = config.run.name or f"{kind}-{now:%Y%m%d-%H%M%S}"
+    tracking = dataclasses.replace(
+        config.tracking,
+        uri=resolve_tracking_uri(config.tracking.uri),
+        register_as=config.tracking.register_as or kind,
+    )
+    run = dataclasses.replace(config.run, name=name, storage=storage)
+    return dataclasses.replace(config, run=run, tracking=tracking)
+
+
+def _check_storage(config: TrainConfig[Any], *, resume: bool) -> bool:
+    store = open_store(f"{config.run.storage}/{config.run.name}")
+    try:
+        taken = store.exists(CONFIG_KEY)
+        store.check_writable()
+    except StorageError as error:
+        raise StorageError(f"{error} (--run.storage)") from error
+    if taken and not resume:
+        latest = ckpt.latest_key(checkpoint_store(store.uri))
+        state = f"its newest checkpoint is {latest}" if latest else "it has no checkpoint yet"
+        raise ConfigError(
+            f"run {config.run.name!r} exists at {store.uri} ({state}): go on with it by --resume, or choose another --run.name"
+        )
+    return True
+
+
+def _check_tracking(config: TrainConfig[Any]) -> bool:
+    try:
+        check_tracking(config.tracking.uri or "")
+    except TrackingError:
+        if config.tracking.allow_offline:
+            return False
+        raise
+    return True
+
+
+def _placed(config: TrainConfig[Any], cluster: ClusterFacts) -> TrainConfig[Any]:
+    """Device, CPUs and threads of a worker, from what the cluster has."""
+    run = config.run
+    workers = run.num_workers
+    device = run.device
+    if device == "auto":
+        device = "cuda" if cluster.num_gpus >= workers else "cpu"
+    if device == "cuda" and cluster.num_gpus < workers:
+        raise ConfigError(
+            f"{workers} workers need a GPU each and the cluster has {cluster.num_gpus:g}: lower --run.num-workers, or "
+            f"train on CPUs with --run.device cpu"
+        )
+    cpus = run.cpus_per_worker
+    if cpus is None:
+        # One CPU each if that leaves some for decoding, else an even share of what is left. Ray's CPUs are a reservation, not a limit.
+        spare = cluster.num_cpus - _MIN_CPUS_FOR_DECODING
+        cpus = 1.0 if spare >= workers else max(0.0, int(spare / workers * 100) / 100)
+    if cpus <= 0 or cpus * workers + _MIN_CPUS_FOR_DECODING > cluster.num_cpus:
+        raise ConfigError(
+            f"{workers} workers with {cpus:g} CPUs each, and {_MIN_CPUS_FOR_DECODING} for decoding, need more than the cluster's "
+            f"{cluster.num_cpus:g} CPUs: lower --run.num-workers or --run.cpus-per-worker"
+        )
+    threads = run.threads_per_worker
+    if threads is None:
+        workers_on_a_node = -(-workers // max(1, len(cluster.cpus_per_node)))
+        threads = max(1, int(min(cluster.cpus_per_node)) // workers_on_a_node)
+    return dataclasses.replace(
+        config, run=dataclasses.replace(run, device=device, cpus_per_worker=cpus, threads_per_worker=threads)
+    )
+
+
+def _train_manifest(
+    config: TrainConfig[Any], *, cache: bool, progress: Callable[[int, int], None] | None
+) -> Manifest:
+    data = config.data
+    return load_manifest(
+        data.uri,
+        split=data.split,
+        scale=config.model.scale,
+        layout=data.layout,
+        min_side_px_hr=data.patch_px_hr,
+        on_bad_image=data.on_bad_image,
+        cache=_manifest_cache(config) if cache else None,
+        progress=progress,
+    )
+
+
+def _validation_manifest(config: TrainConfig[Any], *, cache: bool) -> Manifest:
+    validation = config.validation
+    uri = validation.uri or config.data.uri
+    try:
+        manifest = load_manifest(
+            uri,
+            split=validation.split,
+            scale=config.model.scale,
+            layout=validation.layout,
+            on_bad_image=config.data.on_bad_image,
+            cache=_manifest_cache(config) if cache else None,
+        )
+    except DataError as error:
+        raise DataError(f"validation set: {error} (--validation.uri, --validation.split)") from error
+    if validation.num_images is not None:
+        first = sorted(manifest.images, key=lambda record: record.name)[: validation.num_images]
+        manifest = dataclasses.replace(manifest, images=tuple(first))
+    return manifest
+
+
+def _manifest_cache(config: TrainConfig[Any]) -> Any:
+    return open_store(f"{config.run.storage}/.manifests")
+
+
+def _windowed(config: TrainConfig[Any], train: Manifest) -> tuple[TrainConfig[Any], SamplePlan]:
+    """The rolling window: as many images as the workers may hold, or the whole dataset."""
+    num_images = len(train.images)
+    window = config.data.window_images
+    if window is None:
+        budget = config.data.pool_gib * _GIB
+        whole = _samples(config, num_images, num_images)
+        if _largest_shard_bytes(config, whole, train) <= budget:
+            window = num_images
+        else:
+            slot = max(_pair_bytes(record, config.model.scale) for record in train.images)
+            # A worker's slots overlap its neighbours' by at most one on each side.
+            window = (int(budget // slot) - 2) * config.run.num_workers
+    window = min(window, num_images)
+    if window < config.run.num_workers:
+        raise ConfigError(
+            f"--data.pool-gib={config.data.pool_gib} holds fewer images of {train.uri} than there are workers: raise it"
+        )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, window_images=window))
+    return config, _samples(config, num_images, window)
+
+
+def _samples(config: TrainConfig[Any], num_images: int, window_images: int) -> SamplePlan:
+    return SamplePlan(
+        seed=config.optim.seed,
+        global_batch_size=config.optim.global_batch_size,
+        scale=config.model.scale,
+        patch_px_lr=config.data.patch_px_hr // config.model.scale,
+        augment=config.data.augment,
+        num_images=num_images,
+        window_images=window_images,
+        window_reuse_patches=config.data.window_reuse_patches,
+    )
+
+
+def _pair_bytes(record: ImageRecord, scale: int) -> int:
+    hr = record.width * record.height * 3
+    return hr + hr // (scale * scale)
+
+
+def _largest_shard_bytes(config: TrainConfig[Any], samples: SamplePlan, train: Manifest) -> int:
+    batch = samples.global_batch_size // config.run.num_workers
+    longest = max(len(slot_range(samples, rank * batch, batch)) for rank in range(config.run.num_workers))
+    sizes = sorted((_pair_bytes(record, samples.scale) for record in train.images), reverse=True)
+    return sum(sizes[:longest])
+
+
+def describe(plan: Plan) -> str:
+    """The plan for a person, a line per fact."""
+    config, train, validation = plan.config, plan.train, plan.validation
+    optim, run, data = config.optim, config.run, config.data
+    steps = optim.total_steps
+    parameters = num_parameters(config.model)
+    patch_px_lr = data.patch_px_hr // config.model.scale
+    flops_per_patch = 6 * macs_per_lr_pixel(config.model) * patch_px_lr**2  # forward and twice that backward; 2 per multiply-add
+    window = (
+        f"all {len(train.images)} images at once"
+        if plan.samples.window_images >= len(train.images)
+        else f"{plan.samples.window_images} of {len(train.images)} images at once, one replaced every "
+        f"{data.window_reuse_patches} patches"
+    )
+    weights_mib = parameters * 4 * (5 if optim.ema_decay else 4) / 1024**2
+    rows = [
+        ("run", f"{run.name} in {plan.run_uri}"),
+        ("model", f"{architecture_name(config.model)} x{config.model.scale}, {parameters:,} parameters"),
+        ("training set", _dataset_line(train)),
+        ("validation set", _dataset_line(validation)),
+        ("budget", f"{optim.total_patches:,} patches = {steps:,} steps of {optim.global_batch_size} patches"),
+        ("patch", f"{data.patch_px_hr}² HR, {patch_px_lr}² LR px; {flops_per_patch / 1e9:.2f} GFLOP each, "
+                  f"{flops_per_patch * optim.total_patches / 1e15:.2f} PFLOP in all"),
+        ("workers", f"{run.num_workers} on {run.device}, {run.cpus_per_worker:g} CPUs and {run.threads_per_worker} threads each"),
+        ("feed", window),
+        ("memory of a worker", f"{_largest_shard_bytes(config, plan.samples, train) / _GIB:.2f} GiB of images, "
+                               f"{weights_mib:.0f} MiB of weights, gradients and optimiser; activations not counted"),
+        ("tracking", f"{redact(config.tracking.uri or '')}, experiment {config.tracking.experiment!r}"
+                     + ("" if plan.tracking_reachable else "; NOT REACHABLE, training goes on without it")),
+        ("registers", f"{config.tracking.register_as}@challenger"),
+    ]  # fmt: skip
+    if steps * optim.global_batch_size != optim.total_patches:
+        rows.insert(
+            5, ("rounding", f"the last step is whole, so {steps * optim.global_batch_size:,} patches will be seen")
+        )
+    if run.cost_per_hour is not None:
+        hours = optim.total_patches / 1000 / 3600
+        rows.append(
+            ("cost", f"{run.cost_per_hour * hours:.2f} at 1,000 patches/s ({hours:.2f} h at {run.cost_per_hour:g} per hour)")
+        )
+    shared = {record.hr_sha256 for record in train.images} & {record.hr_sha256 for record in validation.images}
+    if shared:
+        rows.append(("WARNING", f"{len(shared)} validation images are training images too: scores will flatter"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _dataset_line(manifest: Manifest) -> str:
+    pixels = sum(record.width * record.height for record in manifest.images) / 1e6
+    shipped = sum(record.lr_key is not None for record in manifest.images)
+    made = len(manifest.images) - shipped
+    lr = "LR shipped" if not made else "LR by MATLAB bicubic" if not shipped else f"LR shipped for {shipped}, made for {made}"
+    decisions = "".join(f"; {name}: {count}" for name, count in manifest.decisions.items())
+    return (
+        f"{manifest.uri} [{manifest.split}], {manifest.layout} layout: {len(manifest.images)} images, {pixels:.1f} Mpx, {lr}, "
+        f"fingerprint {manifest.fingerprint}{decisions}"
+    )

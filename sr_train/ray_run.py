@@ -1,0 +1,193 @@
+"""A plan on a Ray cluster: workers that start, fail, come back, and what the driver hears of them.
+
+Ray Train brings the workers up, joins them in a process group, and starts them again when one is lost. Position and weights come from
+the run's own checkpoints (docs/decisions/0002), images from Ray Data inside each worker (docs/decisions/0003).
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from tempfile import mkdtemp
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from sr_data.errors import DataError, StorageError
+from sr_data.manifest import ImageRecord
+from sr_data.pairs import DecodedPair
+from sr_data.ray_source import stream_pairs
+from sr_train.config import TrainConfig
+from sr_train.loop import CheckpointWriteError, Position
+from sr_train.learner import NonFiniteLossError
+from sr_train.plan import ClusterFacts, Plan
+from sr_train.worker import Job, StreamPairs, run_worker
+
+POLL_INTERVAL_S = 0.5
+_BLOCK_IMAGES = 8
+
+
+class TrainingFailedError(RuntimeError):
+    """Training ended without reaching the end; the message says why. What was saved is still there."""
+
+
+Message = tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    position: Position
+    measures: Mapping[str, float]
+    """What training cost on rank 0, by name with unit."""
+    num_restarts: int
+
+
+def image_stream(config: TrainConfig[Any]) -> StreamPairs:
+    """How workers get images: Ray Data tasks beside them, on the CPUs that the workers leave free."""
+    reserved_cpus = config.run.num_workers * (config.run.cpus_per_worker or 1)
+    return partial(_stream, num_threads=config.data.decode_threads, reserved_cpus=reserved_cpus)
+
+
+def _stream(
+    uri: str, records: Iterable[ImageRecord], scale: int, *, num_threads: int, reserved_cpus: float
+) -> Iterator[DecodedPair]:
+    return stream_pairs(
+        uri, records, scale, num_threads=num_threads, block_images=_BLOCK_IMAGES, reserved_cpus=reserved_cpus
+    )
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS names or that runs on this machine; else starts one here, for this process."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=True, logging_level="WARNING", include_dashboard=False)
+
+
+def cluster_facts() -> ClusterFacts:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return ClusterFacts(
+        cpus_per_node=tuple(float(resources.get("CPU", 0)) for resources in alive),
+        gpus_per_node=tuple(float(resources.get("GPU", 0)) for resources in alive),
+    )
+
+
+@ray.remote(num_cpus=0, max_concurrency=4)
+class Mailbox:
+    """What workers tell the driver. It outlives them, so it also knows whether an error is not worth another try."""
+
+    def __init__(self) -> None:
+        self._messages: list[Message] = []
+        self._fatal: str | None = None
+
+    def put(self, message: Message) -> None:
+        self._messages.append(message)
+
+    def take(self) -> list[Message]:
+        taken, self._messages = self._messages, []
+        return taken
+
+    def set_fatal(self, error: str) -> None:
+        self._fatal = self._fatal or error
+
+    def fatal(self) -> str | None:
+        return self._fatal
+
+
+class _Relay(threading.Thread):
+    """Brings the mailbox's messages to a function in the driver until it is stopped, then once more."""
+
+    def __init__(self, mailbox: Any, handle: Callable[[Message], None]):
+        super().__init__(name="mailbox-relay", daemon=True)
+        self._mailbox, self._handle, self._done = mailbox, handle, threading.Event()
+
+    def run(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._done.wait(POLL_INTERVAL_S)
+            for message in ray.get(self._mailbox.take.remote()):
+                self._handle(message)
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitResult:
+    """Trains on the cluster until the budget ends. Lost workers are replaced `run.max_failures` times.
+
+    `on_message` is called in a thread of the driver with what rank 0 sends: ("progress" | "validation" | "checkpoint" | "start", values).
+    Raises TrainingFailedError."""
+    run = plan.config.run
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    starts = 0
+
+    def handle(message: Message) -> None:
+        nonlocal starts
+        starts += message[0] == "start"
+        on_message(message)
+
+    relay = _Relay(mailbox, handle)
+    relay.start()
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"job": job, "mailbox": mailbox},
+        scaling_config=ScalingConfig(
+            num_workers=run.num_workers,
+            use_gpu=run.device == "cuda",
+            resources_per_worker={"CPU": run.cpus_per_worker or 1} | ({"GPU": 1} if run.device == "cuda" else {}),
+        ),
+        # Ray's own state holds nothing that a run needs, so it stays on the driver's machine and ends with it.
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=mkdtemp(prefix="sr-ray-train-"),
+            failure_config=FailureConfig(max_failures=run.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise TrainingFailedError(_reason(mailbox, error)) from error
+    finally:
+        relay.stop()
+    outcome = result.return_value
+    if not isinstance(outcome, dict) or "error" in outcome:
+        raise TrainingFailedError(outcome["error"] if isinstance(outcome, dict) else f"no result came back: {outcome!r}")
+    return FitResult(
+        position=Position.from_meta(outcome["position"]), measures=outcome["measures"], num_restarts=max(0, starts - 1)
+    )
+
+
+def _reason(mailbox: Any, error: Exception) -> str:
+    fatal: str | None = ray.get(mailbox.fatal.remote())
+    if fatal is not None:
+        return fatal
+    causes = [str(error)]
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+        causes.append(str(error))
+    return causes[-1].strip().splitlines()[-1] if causes[-1].strip() else causes[0]
+
+
+def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What runs on every worker: `run_worker` between Ray's process group and the mailbox."""
+    mailbox, job = config["mailbox"], config["job"]
+    context = ray.train.get_context()
+    given_up: str | None = ray.get(mailbox.fatal.remote())
+    if given_up is not None:  # Ray Train starts every failed worker again; this error would only come back
+        return {"error": given_up}
+
+    def send(kind: str, values: Mapping[str, Any]) -> None:
+        if context.get_world_rank() == 0:
+            mailbox.put.remote((kind, values))
+
+    try:
+        position, measures = run_worker(job, device=ray.train.torch.get_device(), send=send)
+    except (NonFiniteLossError, CheckpointWriteError, DataError, StorageError) as error:
+        ray.get(mailbox.set_fatal.remote(f"{type(error).__name__}: {error}"))
+        if isinstance(error, (NonFiniteLossError, CheckpointWriteError)):  # raised on every worker: all end here, in step
+            return {"error": str(error)}
+        raise  # on this worker only: its failure makes Ray end the others, which wait for it
+    return {"position": position.to_meta(), "measures": measures}

@@ -1,0 +1,20 @@
+"""What lies where in a run's folder, on disk or in a bucket."""
+
+from sr_data.storage import Store, open_store
+
+CONFIG_KEY = "config.json"
+"""The resolved config; its presence says that the run exists."""
+TRACKING_KEY = "tracking.json"
+"""The MLflow run that belongs to it."""
+RESULT_KEY = "result.json"
+"""How the run ended: scores, best checkpoint, registered version."""
+COMPARISON_KEY = "comparison.png"
+"""LR, bicubic, SR and HR of a validation image, by the best checkpoint."""
+
+
+def run_store(storage: str, name: str) -> Store:
+    return open_store(f"{storage.rstrip('/')}/{name}")
+
+
+def checkpoint_store(run_uri: str) -> Store:
+    return open_store(f"{run_uri}/checkpoints")

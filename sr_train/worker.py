@@ -1,0 +1,163 @@
+"""One training worker: from a job description to the end of the loop. It knows PyTorch and the process group, not Ray."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from sr_data.manifest import ImageRecord, Manifest
+from sr_data.pairs import DecodedPair
+from sr_data.patch_pool import FeedError, PatchPool
+from sr_data.sampling import SamplePlan
+from sr_models.architectures import architecture_name, build_model
+from sr_models.architectures import config_to_dict as model_config_to_dict
+from sr_train import checkpoint as ckpt
+from sr_train.collective import Collective
+from sr_train.config import TrainConfig, config_to_dict
+from sr_train.learner import PixelLearner
+from sr_train.loop import LoopPlan, Position, train
+from sr_train.run_folder import checkpoint_store
+from sr_train.run_observer import RunObserver, Send
+from sr_train.tracking import RunHandle, Tracker
+from sr_train.validator import Validator
+
+StreamPairs = Callable[[str, Iterable[ImageRecord], int], Iterator[DecodedPair]]
+"""(dataset's URI, records, scale) → decoded pairs in that order, lazily."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a worker is told; plain values, the same for every worker."""
+
+    config: TrainConfig[Any]
+    train: Manifest
+    validation: Manifest
+    samples: SamplePlan
+    run_uri: str
+    tracking: RunHandle | None
+    init_state: Mapping[str, torch.Tensor] | None
+    """Weights to start from; None for the architecture's own initialisation."""
+    stream_pairs: StreamPairs
+    script_started_s: float
+    """time.time() when the user started the run."""
+
+
+def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position, dict[str, float]]:
+    """Goes on from the run's newest checkpoint, or begins, and trains to the end. Returns where it ended, and what it cost.
+
+    `send` tells the driver something, and does nothing but on rank 0."""
+    config = job.config
+    collective = Collective.of_process_group()
+    if device.type == "cpu":
+        torch.set_num_threads(config.run.threads_per_worker or 1)
+    learner = PixelLearner(
+        _initial_network(job), config.optim, device=device, precision=precision_of(config, device), collective=collective
+    )
+    store = checkpoint_store(job.run_uri)
+    key = collective.first(ckpt.latest_key(store) if collective.rank == 0 else None)
+    position = Position()
+    if key is not None:
+        saved = ckpt.read_checkpoint(store, key)
+        learner.load_state(saved.tensors)
+        position = Position.from_meta(saved.meta)
+    send("start", {"step": position.step, "checkpoint": key, "device": str(device)})
+
+    tracker = None
+    if job.tracking is not None and collective.rank == 0:
+        tracker = Tracker(job.tracking, spool=Path(mkdtemp(prefix="sr-tracking-")))
+    observer = RunObserver(
+        send=send,
+        tracker=tracker,
+        total_steps=config.optim.total_steps,
+        global_batch_size=config.optim.global_batch_size,
+        protocol=config.validation.protocol,
+        script_started_s=job.script_started_s,
+    )
+    pool = _pool(job, position.step, device, collective)
+    validator = _validator(job, observer, collective)
+    try:
+        if position.step == 0 and tracker is not None:
+            observer.on_first_batch(*pool.batch(0, 0, config.optim.accumulation_steps))
+        position = train(
+            loop_plan(config),
+            learner=learner,
+            source=pool,
+            validate=validator,
+            store=store,
+            meta={
+                "architecture": architecture_name(config.model),
+                "model_config": model_config_to_dict(config.model),
+                "config": config_to_dict(config),
+                "dataset_fingerprint": job.train.fingerprint,
+            },
+            position=position,
+            observer=observer,
+            collective=collective,
+        )
+    except FeedError as error:
+        raise error.__cause__ or error from error
+    finally:
+        pool.close()
+        validator.close()
+        undelivered = tracker.close() if tracker is not None else 0
+    return position, observer.measures() | {"undelivered_tracking_items": float(undelivered)}
+
+
+def _initial_network(job: Job) -> torch.nn.Module:
+    network = build_model(job.config.model, seed=job.config.optim.seed)
+    if job.init_state is not None:
+        network.load_state_dict(dict(job.init_state))
+    return network
+
+
+def _pool(job: Job, start_step: int, device: torch.device, collective: Collective) -> PatchPool:
+    """This worker's part of the training images, filling itself in the background."""
+    batch_per_worker = job.config.optim.global_batch_size // collective.world_size
+    pool = PatchPool(
+        job.samples,
+        [(record.height, record.width) for record in job.train.images],
+        first_sample=collective.rank * batch_per_worker,
+        num_samples=batch_per_worker,
+        start_step=start_step,
+        device=device,
+        placement=job.config.data.placement,
+    )
+    records = (job.train.images[image] for _, image in pool.needs)
+    pool.feed(job.stream_pairs(job.train.uri, records, job.train.scale))
+    return pool
+
+
+def _validator(job: Job, observer: RunObserver, collective: Collective) -> Validator:
+    def load(manifest: Manifest) -> Iterator[DecodedPair]:
+        by_name = sorted(manifest.images, key=lambda record: record.name)
+        return job.stream_pairs(manifest.uri, by_name[collective.rank :: collective.world_size], manifest.scale)
+
+    return Validator(
+        job.validation,
+        job.config.validation,
+        load=load,
+        collective=collective,
+        num_pictures=job.config.tracking.sample_images,
+        on_picture=observer.on_picture,
+    )
+
+
+def precision_of(config: TrainConfig[Any], device: torch.device) -> str:
+    if config.optim.precision != "auto":
+        return config.optim.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def loop_plan(config: TrainConfig[Any]) -> LoopPlan:
+    return LoopPlan(
+        optim=config.optim,
+        schedule=config.schedule,
+        validation_interval_patches=config.validation.interval_patches,
+        checkpoint_interval_patches=config.checkpoint.interval_patches,
+        keep_last=config.checkpoint.keep_last,
+        early_stop_after=config.validation.early_stop_after,
+        early_stop_min_gain_db=config.validation.early_stop_min_gain_db,
+    )
