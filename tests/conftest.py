@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Before anything is imported: MLflow and Ray read some of these once."""
     for name in list(os.environ):
         if name.startswith(FOREIGN_SETTINGS):

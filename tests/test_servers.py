@@ -25,7 +25,7 @@ def test_s3_round_trip_with_every_client(any_s3: S3Server) -> None:
     data = os.urandom(6 << 20)  # above 5 MB, so that pyarrow and s3fs use a multipart upload
     with s3fs.S3FileSystem(default_block_size=5 << 20).open(f"{bucket}/a/s3fs", "wb") as file:
         file.write(data)
-    # pyarrow reads the credentials from the environment, not the endpoint.
+    # pyarrow takes the endpoint from AWS_ENDPOINT_URL in `FileSystem.from_uri` only.
     arrow = pyarrow.fs.S3FileSystem(endpoint_override=any_s3.endpoint_url)
     with arrow.open_output_stream(f"{bucket}/a/arrow") as stream:
         stream.write(data)

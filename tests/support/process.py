@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,15 +97,12 @@ class Child:
 
     def stop(self, *, timeout_s: float = 15.0) -> None:
         """Ends the process and what it left in its group; a process that ended already is no error."""
-        for sig in (signal.SIGCONT, signal.SIGTERM):
-            if self.process.poll() is None:
-                self.send(sig)
-        try:
+        if self.process.poll() is None:
+            self.send(signal.SIGCONT)
+            # The leader alone: it ends its children in order (`ray start --block` drains the node first).
+            self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with suppress(ProcessLookupError):
             self.send(signal.SIGKILL)  # the group outlives its leader while it has members
-        except ProcessLookupError:
-            pass
         self.process.wait(timeout_s)
