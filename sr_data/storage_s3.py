@@ -52,6 +52,7 @@ class _UploadLostError(StorageError):
 _RETRIED_ERRORS = (
     _TruncatedError,
     boto.HTTPClientError,
+    boto.ConnectionError,
     boto.IncompleteReadError,
     ResponseParserError,
     aiohttp.ClientError,
@@ -196,7 +197,7 @@ class S3Prefix:
 
 
 def _client() -> s3fs.S3FileSystem:
-    """The client of this process for the AWS_* variables as they are now; s3fs's own cache would outlive their change."""
+    """The client of this process for the AWS_* variables as they are now. s3fs's own cache would outlive a change."""
     aws = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     identity = (os.getpid(), aws)  # a forked child can't use its parent's connections
     if identity not in _clients:
@@ -256,7 +257,7 @@ def _diagnosis(error: BaseException, bucket: str) -> tuple[int, str, str]:
         return errno.EIO, "the transfer kept breaking off", ""
     if isinstance(error, boto.ReadTimeoutError):
         return errno.ETIMEDOUT, f"the server does not answer within {READ_TIMEOUT_S:g} s", _ENDPOINT
-    if isinstance(error, boto.HTTPClientError | aiohttp.ClientError | TimeoutError):
+    if isinstance(error, boto.HTTPClientError | boto.ConnectionError | aiohttp.ClientError | TimeoutError):
         return errno.EHOSTUNREACH, "the endpoint can't be reached", _ENDPOINT
     if isinstance(error, boto.ParamValidationError):
         return errno.EINVAL, "not a valid bucket name or key", ""
