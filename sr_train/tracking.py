@@ -146,7 +146,7 @@ class Tracker:
         self._outbox.put({"kind": "tags", "values": {key: str(value) for key, value in values.items()}})
 
     def close(self, timeout_s: float = 30.0) -> int:
-        """Send what is left, for at most `timeout_s`; returns how many items were not delivered: they stay in the spool."""
+        """Send what is left, for at most `timeout_s`; returns how many items were not: they stay in the spool."""
         return self._outbox.close(timeout_s)
 
 

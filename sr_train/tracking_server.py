@@ -87,11 +87,14 @@ def connect(uri: str) -> "MlflowClient":
 
     MLflow reads timeouts and retries from the environment only; its defaults (120 s, 7 retries, 2 minutes of waiting)
     let a hanging server hold a process for a quarter of an hour. So where the user has set nothing they are set for
-    this process, and MLflow's usage reports to its makers are switched off.
+    this process, MLflow's usage reports to its makers are switched off, and so are its own lines and bars on the
+    terminal, which would break ours.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(HTTP_TIMEOUT_S))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(HTTP_NUM_RETRIES))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -1,0 +1,189 @@
+"""The MLflow registered model: a folder of weights becomes a version that works without this project's checkout.
+
+What is registered holds the weights, a copy of the package `sr_models`, the versions of the few libraries it needs, and
+a signature: uint8 RGB images of any size in, uint8 RGB images out. Nothing in it is pickled.
+"""
+
+import hashlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import sr_models
+from sr_data.decode import encode_png
+from sr_models.inference import upscale_image
+from sr_train.tracking import RunHandle
+from sr_train.tracking_server import as_tracking_error, connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import Model
+
+PACKAGES = ("mlflow", "numpy", "pillow", "safetensors", "torch")
+"""What a registered model needs to run (MLflow loads it, the rest is imported by `sr_models`)."""
+WEIGHTS_TAG = "weights_sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredVersion:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    uri: str
+    """`models:/<name>/<version>`, for `mlflow.pyfunc.load_model`."""
+
+
+def register_model(
+    run: RunHandle,
+    folder: Path,
+    *,
+    name: str,
+    tags: Mapping[str, str],
+    sample_lr_HWC: np.ndarray,
+    alias: str = "challenger",
+) -> RegisteredVersion:
+    """Register the weights in `folder` (written by `sr_models.weights.save_model`) as a new version of model `name`.
+
+    Before anything is uploaded the packed model is loaded and has to upscale `sample_lr_HWC` (uint8 RGB); both pictures
+    go with it. `tags` are set on the version, and `alias` is moved to it. Calling again with the same run and weights
+    returns the version that is there (its tags and alias are set again). Raises TrackingError if the server refuses,
+    and ModelError, with nothing registered, if the folder or the sample is not valid.
+    """
+    digest = _digest(folder)
+    with tempfile.TemporaryDirectory(prefix="sr-model-") as scratch, as_tracking_error(run.tracking_uri):
+        client = connect(run.tracking_uri)
+        found = _find(client, run, name, digest)
+        if found is None:
+            found = _create(client, run, folder, name, digest, sample_lr_HWC, Path(scratch) / "model")
+        for key, value in tags.items():
+            client.set_model_version_tag(name, found.version, key, value)
+        client.set_registered_model_alias(name, alias, found.version)
+    return RegisteredVersion(name, str(found.version), f"models:/{name}/{found.version}")
+
+
+def _find(client: "MlflowClient", run: RunHandle, name: str, digest: str) -> "ModelVersion | None":
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
+    return next((it for it in versions if it.tags.get(WEIGHTS_TAG) == digest and it.status == "READY"), None)
+
+
+def _create(
+    client: "MlflowClient",
+    run: RunHandle,
+    folder: Path,
+    name: str,
+    digest: str,
+    sample_lr_HWC: np.ndarray,
+    packed: Path,
+) -> "ModelVersion":
+    """Pack, try, upload, register. What `mlflow.pyfunc.log_model` does, without its process-wide run and URI."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    logged = client.create_logged_model(
+        run.experiment_id,
+        name=name,
+        source_run_id=run.run_id,
+        tags={WEIGHTS_TAG: digest},
+        model_type="super-resolution",
+    )
+    try:
+        description = Model(
+            artifact_path=logged.artifact_location,
+            run_id=run.run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        )
+        pack_model(folder, packed, description=description)
+        _write_sample(packed, sample_lr_HWC)
+        client.log_model_artifacts(logged.model_id, str(packed))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")  # never READY with half of its files
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return client.create_model_version(
+        name,
+        source=f"models:/{logged.model_id}",
+        run_id=run.run_id,
+        model_id=logged.model_id,
+        tags={WEIGHTS_TAG: digest},
+    )
+
+
+def pack_model(folder: Path, target: Path, *, description: "Model | None" = None) -> None:
+    """Write an MLflow model to the new folder `target`: `mlflow.pyfunc.load_model(target)` works anywhere.
+
+    `description` carries what the tracking server says of it. Raises ModelError if `folder` holds no valid model.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
+    defaults = upscale_image.__kwdefaults__
+    types = {"tile_px_lr": "long", "self_ensemble": "boolean"}
+    options = ParamSchema([ParamSpec(key, dtype, defaults[key]) for key, dtype in types.items()])
+    package = Path(sr_models.__file__).parent
+    with tempfile.TemporaryDirectory(prefix="sr-code-") as scratch, _import_path_kept():
+        code = Path(scratch) / package.name
+        shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
+        save_model(
+            target,
+            python_model=str(code / "pyfunc.py"),
+            artifacts={"model": str(folder.absolute())},
+            code_paths=[str(code)],
+            pip_requirements=[
+                f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES
+            ],  # no "+cpu" build tags
+            signature=ModelSignature(inputs=images, outputs=images, params=options),
+            mlflow_model=description,
+        )
+
+
+def _write_sample(packed: Path, sample_lr_HWC: np.ndarray) -> None:
+    """Upscale the sample with the packed model and put both pictures into it."""
+    from mlflow.pyfunc import load_model
+
+    with _import_path_kept():
+        sample_sr_HWC = np.asarray(load_model(str(packed)).predict(sample_lr_HWC[None]))[0]
+    samples = packed / "samples"
+    samples.mkdir()
+    (samples / "lr.png").write_bytes(encode_png(sample_lr_HWC))
+    (samples / "sr.png").write_bytes(encode_png(sample_sr_HWC))
+    for cache in packed.rglob("__pycache__"):  # loading imported from its code folder
+        shutil.rmtree(cache)
+
+
+@contextmanager
+def _import_path_kept() -> Iterator[None]:
+    """Undo what MLflow does to sys.path when it loads a model with code: the folder is gone soon after."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _digest(folder: Path) -> str:
+    """16 hex digits over the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(it for it in folder.rglob("*") if it.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,141 @@
+"""A model is registered on a real server and used from another process that knows nothing of this project."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from sr_models.architectures import build_model
+from sr_models.edsr import EDSRConfig
+from sr_models.errors import ModelError
+from sr_models.inference import upscale_image
+from sr_models.weights import load_model, save_model
+from sr_train.model_registry import register_model
+from sr_train.tracking import RunHandle, TrackingError, start_run
+from tests.support.mlflow_server import MlflowServer
+
+SAMPLE = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+
+USE = """
+import importlib.util, json, sys
+import mlflow, numpy as np
+uri, image_path, result_path = sys.argv[1:]
+assert importlib.util.find_spec("sr_models") is None and importlib.util.find_spec("sr_train") is None
+model = mlflow.pyfunc.load_model(uri)
+small = np.load(image_path)
+large = np.zeros((2, 20, 17, 3), np.uint8)
+outcome = {"large": list(model.predict(large).shape)}
+np.save(result_path, model.predict(small[None]))
+ensemble = model.predict(small[None], params={"self_ensemble": True, "tile_px_lr": 8})
+outcome["ensemble"] = [str(ensemble.dtype), list(ensemble.shape)]
+for wrong in (small[None].astype(np.float32), small[None, ..., :1], small):
+    try:
+        model.predict(wrong)
+        outcome.setdefault("refused", []).append("")
+    except mlflow.exceptions.MlflowException as error:
+        outcome.setdefault("refused", []).append(str(error))
+print(json.dumps(outcome))
+"""
+
+
+def weights(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    config = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
+    save_model(folder, config, build_model(config).state_dict(), notes={"seed": str(seed)})
+    return folder
+
+
+def use_elsewhere(tracking_uri: str, model_uri: str, folder: Path) -> tuple[dict[str, object], np.ndarray]:
+    """Predict in a process of another working directory, without this project on its import path."""
+    folder.mkdir()
+    np.save(folder / "image.npy", SAMPLE)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "MLFLOW_TRACKING_URI": tracking_uri
+    }
+    command = [sys.executable, "-I", "-c", USE, model_uri, str(folder / "image.npy"), str(folder / "result.npy")]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), np.load(folder / "result.npy")
+
+
+@pytest.fixture(params=["server", "sqlite"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> RunHandle:
+    if request.param == "server":
+        server: MlflowServer = request.getfixturevalue("mlflow_server")
+        uri = server.uri
+    else:
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
+    return start_run(
+        tracking_uri=uri, experiment=f"registry-{tmp_path.name}", run_name="r", params={}, tags={}, texts={}
+    )
+
+
+def test_a_registered_model_works_without_this_project(run: RunHandle, tmp_path: Path) -> None:
+    name = f"edsr-{tmp_path.name}"
+    folder = weights(tmp_path / "weights")
+    path_before = list(sys.path)
+    registered = register_model(run, folder, name=name, tags={"psnr": "30.1"}, sample_lr_HWC=SAMPLE)
+    assert sys.path == path_before
+    assert (registered.name, registered.version, registered.uri) == (name, "1", f"models:/{name}/1")
+
+    outcome, sr = use_elsewhere(run.tracking_uri, f"models:/{name}@challenger", tmp_path / "elsewhere")
+    assert outcome["large"] == [2, 40, 34, 3]
+    assert outcome["ensemble"] == ["uint8", [1, 18, 24, 3]]
+    refused = outcome["refused"]
+    assert isinstance(refused, list)
+    assert all(refused), refused
+    assert sr.dtype == np.uint8
+    expected = upscale_image(load_model(folder), SAMPLE)
+    assert np.array_equal(sr[0], expected)
+
+    client = MlflowClient(run.tracking_uri)
+    version = client.get_model_version(name, "1")
+    assert version.run_id == run.run_id
+    assert version.tags["psnr"] == "30.1"
+    files = {path.name for path in Path(client_download(client, version.source, tmp_path / "model")).rglob("*")}
+    assert {"lr.png", "sr.png", "model.safetensors", "weights.safetensors"} & files >= {"lr.png", "sr.png"}
+    assert not {name for name in files if name.endswith((".pkl", ".pyc")) or name == "__pycache__"}
+
+
+def client_download(client: MlflowClient, source: str, target: Path) -> str:
+    import mlflow.artifacts
+
+    target.mkdir()
+    return mlflow.artifacts.download_artifacts(source, dst_path=str(target), tracking_uri=client.tracking_uri)
+
+
+def test_registering_again_gives_the_same_version_and_other_weights_the_next(
+    mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    uri = mlflow_server.uri
+    run = start_run(tracking_uri=uri, experiment="registry", run_name="r", params={}, tags={}, texts={})
+    first = register_model(run, weights(tmp_path / "a"), name="again", tags={}, sample_lr_HWC=SAMPLE)
+    same = register_model(run, weights(tmp_path / "copy"), name="again", tags={"late": "yes"}, sample_lr_HWC=SAMPLE)
+    assert same == first
+    client = MlflowClient(uri)
+    assert client.get_model_version("again", first.version).tags["late"] == "yes"
+    other = register_model(run, weights(tmp_path / "b", seed=1), name="again", tags={}, sample_lr_HWC=SAMPLE)
+    assert other.version == "2"
+    assert client.get_model_version_by_alias("again", "challenger").version == "2"
+
+
+def test_what_does_not_work_is_not_registered(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    uri = mlflow_server.uri
+    run = start_run(tracking_uri=uri, experiment="registry", run_name="r", params={}, tags={}, texts={})
+    folder = weights(tmp_path / "weights")
+    (folder / "weights.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match="safetensors"):
+        register_model(run, folder, name="broken", tags={}, sample_lr_HWC=SAMPLE)
+    assert MlflowClient(uri).search_model_versions("name = 'broken'") == []
+
+
+def test_a_server_that_is_away_is_named(tmp_path: Path) -> None:
+    run = RunHandle(tracking_uri="http://127.0.0.1:9", run_id="0" * 32, experiment_id="0", run_name="r", url="")
+    with pytest.raises(TrackingError, match="127.0.0.1:9"):
+        register_model(run, weights(tmp_path / "w"), name="away", tags={}, sample_lr_HWC=SAMPLE)
