@@ -48,7 +48,8 @@ clean:  ## remove the environment and every cache (not runs, not MLflow's data)
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python %s found; 3.11 or newer is needed: make PYTHON=/path/to/python3" % sys.version.split()[0])'
 	@if uv --version >/dev/null 2>&1; then uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv; \
-	else $(PYTHON) -m venv .venv && $@ -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt; fi
+	else $(PYTHON) -m venv .venv && $@ -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt; \
+	fi || { rm -rf .venv; echo "No environment could be made (Debian: apt install python3-venv)"; exit 1; }
 
 # The project itself is installed editable: pipelines/*.py import the packages from the checkout.
 .venv/.run: requirements/run.txt pyproject.toml | $(BIN)/python

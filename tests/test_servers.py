@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -18,6 +21,21 @@ from tests.support.mlflow_server import MlflowServer
 from tests.support.process import Child, ServerError
 from tests.support.ray_head import RayHead
 from tests.support.s3 import S3Server
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def wait_for_end(pid: int) -> None:
+    """Returns once the process is gone or a zombie that nobody reaped yet; fails after 10 s."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+                return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"process {pid} still runs")
 
 
 def test_s3_round_trip_with_every_client(any_s3: S3Server) -> None:
@@ -94,8 +112,23 @@ def test_child_takes_its_own_children_along(tmp_path: Path) -> None:
     child.wait_until(lambda: child.log_path.read_text().endswith("\n"))
     grandchild = int(child.log_path.read_text())
     child.stop()
-    stat = Path(f"/proc/{grandchild}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    wait_for_end(grandchild)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) is not installed")
+def test_child_does_not_outlive_a_killed_test_run() -> None:
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from tests.support.process import Child\n"
+        "child = Child.start('sleep', ['sleep', '100'], log_path=pathlib.Path('log'), env=os.environ)\n"
+        "child.wait_until(lambda: 'sleep' in pathlib.Path(f'/proc/{child.process.pid}/comm').read_text())\n"
+        "print(child.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == -9, run.stderr
+    wait_for_end(int(run.stdout))
 
 
 def test_no_settings_of_the_developer(tmp_path: Path) -> None:

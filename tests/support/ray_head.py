@@ -66,7 +66,13 @@ def start_ray_head(folder: Path, *, num_cpus: int = 3) -> RayHead:
         "dashboard-agent-listen-port",
     )
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    command: list[str | Path] = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"]
+    command: list[str | Path] = [
+        Path(sys.executable).parent / "ray",
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+    ]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
     command += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--temp-dir={folder}", "--object-store-memory=400000000"]
     # 0: the kernel chooses. The default range, 10002 to 19999, would be shared with other clusters of this machine.
