@@ -1,0 +1,91 @@
+"""Checkpoints: whole or not at all, complete, readable without running code, and old ones go."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sr_data.storage import open_store
+from sr_models.architectures import build_model, config_to_dict
+from sr_models.edsr import EDSRConfig
+from sr_train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    inference_weights,
+    keep,
+    key_of_step,
+    latest_key,
+    list_keys,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+TINY = EDSRConfig(scale=3, num_blocks=1, num_channels=4, residual_scaling=0.1)
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path)
+    bucket: str = request.getfixturevalue("s3").new_bucket()
+    return f"{bucket}/runs/checkpoints"
+
+
+def checkpoint(step: int, *, ema: bool = True) -> Checkpoint:
+    weights = build_model(TINY, seed=step).state_dict()
+    groups = {"model": weights, "optimizer": {"head.weight/step": torch.tensor(float(step))}}
+    if ema:
+        groups["ema"] = {name: value + 1 for name, value in weights.items()}
+    meta = {"step": step, "architecture": "edsr", "model_config": config_to_dict(TINY), "best": {"psnr_db": 31.5}}
+    return Checkpoint(tensors=groups, meta=meta)
+
+
+def test_what_is_read_is_what_was_written(any_store: str) -> None:
+    store = open_store(any_store)
+    written = checkpoint(7)
+    key = write_checkpoint(store, written)
+    read = read_checkpoint(store, key)
+    assert read.meta == written.meta
+    assert {group: set(values) for group, values in read.tensors.items()} == {
+        group: set(values) for group, values in written.tensors.items()
+    }
+    for group, values in written.tensors.items():
+        for name, value in values.items():
+            assert torch.equal(value, read.tensors[group][name]), (group, name)
+
+
+def test_inference_takes_the_moving_average_where_there_is_one() -> None:
+    for ema in (True, False):
+        saved = checkpoint(1, ema=ema)
+        config, weights = inference_weights(saved)
+        assert config == TINY
+        expected = saved.tensors["ema" if ema else "model"]
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    for step in (1, 2, 30, 400):
+        write_checkpoint(store, checkpoint(step))
+    store.write("config.json", b"{}")
+    assert keep(store, last=2, best_key=key_of_step(1)) == [key_of_step(2)]
+    assert list_keys(store) == [key_of_step(1), key_of_step(30), key_of_step(400)]
+    assert latest_key(store) == key_of_step(400)
+    assert store.exists("config.json")
+
+
+def test_a_run_without_checkpoints_has_no_newest_one(tmp_path: Path) -> None:
+    assert latest_key(open_store(str(tmp_path / "not there yet"))) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "other"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    store = open_store(str(tmp_path))
+    key = write_checkpoint(store, checkpoint(3))
+    whole = store.read(key)
+    from safetensors.torch import save
+
+    content = {"cut": whole[: len(whole) // 2], "text": b"not a checkpoint", "other": save({"x": torch.zeros(1)})}
+    store.write(key, content[damage])
+    with pytest.raises(CheckpointError, match=key):
+        read_checkpoint(store, key)

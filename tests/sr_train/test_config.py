@@ -1,0 +1,110 @@
+"""Configs and flags: refused early, with the flag and what is allowed; saved and run again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sr_models.edsr import EDSRConfig
+from sr_train.cli import TrainCommand, parse_train
+from sr_train.config import ConfigError, TrainConfig, config_from_dict, config_to_dict
+from sr_train.presets import EDSR_PRESETS
+from sr_train.run_folder import CONFIG_KEY
+
+
+def parse(*arguments: str) -> TrainCommand[EDSRConfig]:
+    return parse_train(
+        arguments,
+        model_type=EDSRConfig,
+        presets=EDSR_PRESETS,
+        default_preset="edsr-small-x2",
+        prog="train_edsr.py",
+        description="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.patch-px-hr", "63"], r"63 is not a multiple of model.scale=2; use 62 or 64 \(--data.patch-px-hr\)"),
+        (["--run.num-workers", "3"], r"16 can't be divided evenly by run.num_workers=3 .* use 15 or 18"),
+        (["--schedule.warmup-patches", "14400"], r"not shorter than the budget .*--schedule.warmup-patches"),
+        (["--preset", "edsr-x8"], r"--preset 'edsr-x8' is unknown; there are: .*edsr-baseline-x4"),
+        (["--preset", "edsr-x4"], r"--data.uri"),
+        (["--resume"], r"--resume needs --run.name"),
+    ],
+)
+def test_contradictions_name_the_flags_and_what_is_allowed(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--data.patch-px", "64"], ["--data.patch-px", "--data.patch-px-hr"]),
+        (["--optim.loss", "l3"], ["--optim.loss", "l1", "mse"]),
+        (["--model.scale", "5"], ["--model.scale", "2", "3", "4"]),
+        (["--run.num-workers", "0"], ["--run.num-workers", "greater than 0"]),
+        (["--optim.ema-decay", "1.5"], ["--optim.ema-decay", "between 0 and 1"]),
+        (["--run.name", "a/b"], ["--run.name", "letters"]),
+        (["--schedule.kind", "one-cycle", "--schedule.warmup-patches", "0"], ["--schedule.warmup-patches"]),
+    ],
+)
+def test_unknown_or_wrong_flags_end_with_status_2(
+    arguments: list[str], messages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2
+    said = "".join(capsys.readouterr())
+    assert all(message in said for message in messages), said
+
+
+@pytest.mark.parametrize("preset", EDSR_PRESETS)
+def test_a_saved_config_is_read_back_whole(preset: str) -> None:
+    config = EDSR_PRESETS[preset]
+    assert config_from_dict(EDSRConfig, json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_an_unknown_option_in_a_saved_config_is_named() -> None:
+    values = config_to_dict(EDSR_PRESETS["edsr-small-x2"])
+    values["optim"]["momentum"] = 0.9
+    with pytest.raises(ConfigError, match="optim.momentum"):
+        config_from_dict(EDSRConfig, values)
+
+
+def test_the_papers_numbers() -> None:
+    """Lim et al. 2017, section 4.2, and the authors' training commands."""
+    for scale in (2, 3, 4):
+        baseline, full = EDSR_PRESETS[f"edsr-baseline-x{scale}"], EDSR_PRESETS[f"edsr-x{scale}"]
+        assert (baseline.model.num_blocks, baseline.model.num_channels, baseline.model.residual_scaling) == (16, 64, 1)
+        assert (full.model.num_blocks, full.model.num_channels, full.model.residual_scaling) == (32, 256, 0.1)
+        for config in (baseline, full):
+            assert config.data.patch_px_hr == 48 * scale
+            assert config.optim.total_steps == 300_000 and config.optim.global_batch_size == 16
+            assert config.schedule.decay_every_patches == 200_000 * 16 and config.schedule.learning_rate == 1e-4
+            assert config.optim.loss == "l1"
+
+
+def saved_run(storage: Path, config: TrainConfig[EDSRConfig]) -> None:
+    folder = storage / "mine"
+    folder.mkdir(parents=True)
+    (folder / CONFIG_KEY).write_text(json.dumps(config_to_dict(config)))
+
+
+def test_resume_goes_on_with_the_saved_config(tmp_path: Path) -> None:
+    saved_run(tmp_path, parse("--optim.seed", "7", "--model.num-blocks", "3").config)
+    again = parse("--resume", "--run.name", "mine", "--run.storage", str(tmp_path), "--optim.total-patches", "32000")
+    assert (again.config.optim.seed, again.config.model.num_blocks, again.config.optim.total_patches) == (7, 3, 32_000)
+
+
+def test_resume_refuses_what_would_make_it_another_run(tmp_path: Path) -> None:
+    saved_run(tmp_path, parse("--optim.seed", "7").config)
+    with pytest.raises(ConfigError, match=r"--optim.seed 8 \(was 7\)"):
+        parse("--resume", "--run.name", "mine", "--run.storage", str(tmp_path), "--optim.seed", "8")
+
+
+def test_resume_of_a_run_that_never_began_is_a_first_start(tmp_path: Path) -> None:
+    command = parse("--resume", "--run.name", "new", "--run.storage", str(tmp_path))
+    assert command.resume and command.config.run.name == "new"

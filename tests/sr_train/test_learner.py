@@ -1,0 +1,127 @@
+"""One optimiser step: the same on one worker and two, clipped, averaged, and restored with its optimiser."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from sr_models.architectures import build_model
+from sr_models.edsr import EDSRConfig
+from sr_train.collective import Collective
+from sr_train.config import OptimConfig
+from sr_train.learner import LOSSES, NonFiniteLossError, PixelLearner
+
+TINY = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
+CPU = torch.device("cpu")
+
+
+def learner(config: OptimConfig, collective: Collective | None = None, *, precision: str = "float32") -> PixelLearner:
+    network = build_model(TINY, seed=1)
+    return PixelLearner(network, config, device=CPU, precision=precision, collective=collective or Collective())
+
+
+def patches(num: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    hr_NCHW = torch.rand(num, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.avg_pool2d(hr_NCHW, 2), hr_NCHW
+
+
+def test_the_step_is_adam_on_the_pixel_loss() -> None:
+    for loss, function in LOSSES.items():
+        ours = learner(OptimConfig(loss=loss))  # type: ignore[arg-type]
+        plain = copy.deepcopy(ours.network)
+        adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
+        for seed in range(3):
+            lr_NCHW, hr_NCHW = patches(4, seed=seed)
+            values = ours.step([(lr_NCHW, hr_NCHW)], learning_rate=1e-3)
+            adam.zero_grad()
+            expected = function(plain(lr_NCHW), hr_NCHW)
+            expected.backward()
+            adam.step()
+            assert values["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
+        for name, value in plain.state_dict().items():
+            assert torch.allclose(value, ours.network.state_dict()[name], atol=1e-7), name
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    ours = learner(OptimConfig())
+    ours.step([patches(4)], learning_rate=1e-3)
+    for name, parameter in ours.network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"no gradient for {name}"
+
+
+def test_clipping_bounds_the_gradient_that_adam_sees() -> None:
+    ours = learner(OptimConfig(clip_grad_norm=1e-3))
+    reported = ours.step([patches(4)], learning_rate=1e-3)["grad_norm"]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in ours.network.parameters() if parameter.grad is not None])
+    assert reported > 1e-3
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_moving_average_follows_its_definition() -> None:
+    ours = learner(OptimConfig(ema_decay=0.9))
+    expected = {name: value.clone() for name, value in ours.network.named_parameters()}
+    for seed in range(3):
+        ours.step([patches(4, seed=seed)], learning_rate=1e-2)
+        for name, value in ours.network.named_parameters():
+            expected[name] = 0.9 * expected[name] + 0.1 * value.detach()
+    averaged = dict(ours.inference_network().named_parameters())
+    for name, value in expected.items():
+        assert torch.allclose(averaged[name], value, atol=1e-6), name
+        assert not torch.equal(averaged[name], dict(ours.network.named_parameters())[name])
+
+
+def test_bf16_stays_close_to_float32() -> None:
+    exact, fast = learner(OptimConfig()), learner(OptimConfig(), precision="bf16")
+    for seed in range(5):
+        batch = patches(8, seed=seed)
+        expected = exact.step([batch], learning_rate=1e-4)["loss"]
+        assert fast.step([batch], learning_rate=1e-4)["loss"] == pytest.approx(expected, rel=2e-2)
+
+
+def _on_rank(rank: int, world_size: int, folder: str, poisoned_rank: int | None) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.set_num_threads(1)
+    ours = learner(OptimConfig(clip_grad_norm=0.5, ema_decay=0.9), Collective.of_process_group())
+    losses: list[float] = []
+    error: str | None = None
+    lr_NCHW, hr_NCHW = patches(8)
+    share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    if rank == poisoned_rank:
+        hr_NCHW = hr_NCHW * torch.inf
+    try:
+        for _ in range(3):
+            halves = [(lr_NCHW[share][part::2], hr_NCHW[share][part::2]) for part in range(2)]
+            losses.append(ours.step(halves, learning_rate=1e-3)["loss"])
+    except NonFiniteLossError as bad:
+        error = str(bad)
+    torch.save({"losses": losses, "state": ours.state(), "error": error}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_workers(folder: Path, world_size: int, poisoned_rank: int | None = None) -> list[dict[str, Any]]:
+    folder.mkdir()
+    mp.spawn(_on_rank, args=(world_size, str(folder), poisoned_rank), nprocs=world_size)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def test_two_workers_train_as_one(tmp_path: Path) -> None:
+    (alone,) = on_workers(tmp_path / "one", 1)
+    first, second = on_workers(tmp_path / "two", 2)
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    for group, values in alone["state"].items():
+        for name, value in values.items():
+            assert torch.equal(first["state"][group][name], second["state"][group][name]), (group, name)
+            assert torch.allclose(first["state"][group][name], value, atol=1e-5), (group, name)
+
+
+def test_one_workers_bad_loss_stops_all_before_the_step(tmp_path: Path) -> None:
+    before = learner(OptimConfig(ema_decay=0.9)).state()["model"]
+    for outcome in on_workers(tmp_path / "two", 2, poisoned_rank=1):
+        assert outcome["error"] is not None and outcome["losses"] == []
+        assert all(torch.equal(outcome["state"]["model"][name], value) for name, value in before.items())

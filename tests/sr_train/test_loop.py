@@ -1,0 +1,205 @@
+"""The loop: resumes bit for bit, counts in patches, stops on a bad loss, keeps the best, survives a full disk."""
+
+import dataclasses
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sr_data.errors import StorageError
+from sr_data.storage import Store, open_store
+from sr_models.architectures import architecture_name, build_model, config_to_dict
+from sr_models.edsr import EDSRConfig
+from sr_train import checkpoint as ckpt
+from sr_train.collective import Collective
+from sr_train.config import OptimConfig, ScheduleConfig
+from sr_train.learner import NonFiniteLossError, PixelLearner
+from sr_train.loop import CheckpointWriteError, LoopPlan, Position, train
+
+TINY = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
+BATCH = 4
+
+
+class RandomPatches:
+    """Patches that depend on the step alone, as the pool's do."""
+
+    def batch(self, step: int, micro: int = 0, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        hr_NCHW = torch.rand(BATCH, 3, 16, 16, generator=generator)
+        lr_NCHW = nn.functional.avg_pool2d(hr_NCHW, 2)
+        part = slice(micro * BATCH // num_micro, (micro + 1) * BATCH // num_micro)
+        return lr_NCHW[part], hr_NCHW[part]
+
+
+class Recorder:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int, Mapping[str, float]]] = []
+        self.validations: list[tuple[int, bool]] = []
+        self.checkpoints: list[str] = []
+
+    def on_steps(self, values: Mapping[str, float], *, step: int, num_steps: int, seconds: float) -> None:
+        self.steps.append((step, num_steps, values))
+
+    def on_validation(self, values: Mapping[str, float], *, step: int, is_best: bool) -> None:
+        self.validations.append((step, is_best))
+
+    def on_checkpoint(self, key: str, *, step: int, seconds: float) -> None:
+        self.checkpoints.append(key)
+
+
+class Scores:
+    """A validation whose PSNR is given, per call."""
+
+    def __init__(self, *psnr_db: float):
+        self._values = iter(psnr_db)
+
+    def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
+        assert not network.training
+        return {"psnr_db": next(self._values, 0.0)}
+
+
+def loop_plan(*, total_steps: int, interval_steps: int = 100, **changes: object) -> LoopPlan:
+    optim = OptimConfig(total_patches=total_steps * BATCH, global_batch_size=BATCH, ema_decay=0.5)
+    schedule = ScheduleConfig(kind="cosine", learning_rate=1e-3, warmup_patches=BATCH)
+    plan = LoopPlan(
+        optim=optim,
+        schedule=schedule,
+        validation_interval_patches=interval_steps * BATCH,
+        checkpoint_interval_patches=interval_steps * BATCH,
+        keep_last=2,
+        early_stop_after=None,
+        early_stop_min_gain_db=0.01,
+    )
+    return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+
+
+def new_learner(optim: OptimConfig) -> PixelLearner:
+    network = build_model(TINY, seed=0)
+    return PixelLearner(network, optim, device=torch.device("cpu"), precision="float32", collective=Collective())
+
+
+def run(
+    plan: LoopPlan,
+    store: Store,
+    *,
+    learner: PixelLearner | None = None,
+    position: Position | None = None,
+    validate: Scores | None = None,
+    source: object = None,
+) -> tuple[Position, PixelLearner, Recorder]:
+    learner, recorder = learner or new_learner(plan.optim), Recorder()
+    meta = {"architecture": architecture_name(TINY), "model_config": config_to_dict(TINY)}
+    ended = train(
+        plan,
+        learner=learner,
+        source=source or RandomPatches(),  # type: ignore[arg-type]
+        validate=validate or Scores(),
+        store=store,
+        meta=meta,
+        position=position or Position(),
+        observer=recorder,
+        collective=Collective(),
+    )
+    return ended, learner, recorder
+
+
+def flat(learner: PixelLearner) -> dict[str, torch.Tensor]:
+    return {f"{group}/{name}": value for group, values in learner.state().items() for name, value in values.items()}
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    plan = loop_plan(total_steps=6, interval_steps=3)
+    _, straight, _ = run(plan, open_store(str(tmp_path / "straight")))
+
+    store = open_store(str(tmp_path / "stopped"))
+
+    class Stops(RandomPatches):
+        def batch(self, step: int, micro: int = 0, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+            if step == 5:
+                raise KeyboardInterrupt
+            return super().batch(step, micro, num_micro)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, store, source=Stops())
+    saved = ckpt.read_checkpoint(store, ckpt.latest_key(store) or "")
+    assert saved.step == 3
+    resumed = new_learner(plan.optim)
+    resumed.load_state(saved.tensors)
+    ended, _, _ = run(plan, store, learner=resumed, position=Position.from_meta(saved.meta))
+
+    assert ended.step == 6
+    expected, got = flat(straight), flat(resumed)
+    assert expected.keys() == got.keys()
+    assert any(name.startswith("optimizer/") for name in got) and any(name.startswith("ema/") for name in got)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_accumulation_changes_memory_and_not_the_training(tmp_path: Path) -> None:
+    whole = loop_plan(total_steps=3)
+    split = dataclasses.replace(whole, optim=dataclasses.replace(whole.optim, accumulation_steps=4))
+    _, one, _ = run(whole, open_store(str(tmp_path / "a")))
+    _, four, _ = run(split, open_store(str(tmp_path / "b")))
+    for name, value in one.state()["model"].items():
+        assert torch.allclose(value, four.state()["model"][name], atol=1e-5), name
+
+
+def test_a_bad_loss_stops_before_the_weights_change(tmp_path: Path) -> None:
+    class OneNan(RandomPatches):
+        def batch(self, step: int, micro: int = 0, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+            lr_NCHW, hr_NCHW = super().batch(step, micro, num_micro)
+            if step == 2:
+                hr_NCHW[0, 0, 0, 0] = torch.nan
+            return lr_NCHW, hr_NCHW
+
+    _, after_two_steps, _ = run(loop_plan(total_steps=2, schedule=ScheduleConfig(kind="constant")), open_store(str(tmp_path / "a")))
+    plan = loop_plan(total_steps=5, schedule=ScheduleConfig(kind="constant"))
+    learner = new_learner(plan.optim)
+    with pytest.raises(NonFiniteLossError, match="loss nan"):
+        run(plan, open_store(str(tmp_path / "b")), learner=learner, source=OneNan())
+    for name, value in flat(after_two_steps).items():
+        assert torch.equal(value, flat(learner)[name]), name
+
+
+def test_the_best_checkpoint_outlives_the_newest(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    ended, _, recorder = run(loop_plan(total_steps=8, interval_steps=2), store, validate=Scores(20.0, 30.0, 25.0, 24.0))
+    assert recorder.validations == [(2, True), (4, True), (6, False), (8, False)]
+    assert ended.best is not None and (ended.best["step"], ended.best["psnr_db"]) == (4, 30.0)
+    assert ckpt.list_keys(store) == [ckpt.key_of_step(step) for step in (4, 6, 8)]
+    assert ckpt.read_checkpoint(store, ckpt.key_of_step(8)).meta["best"]["key"] == ckpt.key_of_step(4)
+
+
+def test_it_stops_early_when_validation_no_longer_gains(tmp_path: Path) -> None:
+    plan = loop_plan(total_steps=20, interval_steps=2, early_stop_after=2)
+    scores = (20.0, 21.0, 21.005, 21.002, 30.0)
+    ended, _, _ = run(plan, open_store(str(tmp_path)), validate=Scores(*scores))
+    assert ended.step == 8
+    assert ended.best is not None and ended.best["psnr_db"] == 21.005
+
+
+def test_a_failed_checkpoint_ends_the_run_and_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    class FillsUp(Store):
+        __slots__ = ()
+
+        def write(self, key: str, data: bytes) -> None:
+            if key == ckpt.key_of_step(4):
+                raise StorageError(errno.ENOSPC, f"{self.uri_of(key)}: no space left")
+            Store.write(self, key, data)
+
+    store = FillsUp(str(tmp_path))
+    with pytest.raises(CheckpointWriteError, match=r"step 4 .*no space left"):
+        run(loop_plan(total_steps=8, interval_steps=2), store)
+    assert ckpt.read_checkpoint(store, ckpt.latest_key(store) or "").step == 2
+
+
+def test_every_step_is_reported_once(tmp_path: Path) -> None:
+    _, _, recorder = run(loop_plan(total_steps=7, interval_steps=3), open_store(str(tmp_path)))
+    assert [step for step, _, _ in recorder.steps] == [1, 3, 6, 7]
+    assert sum(count for _, count, _ in recorder.steps) == 7
+    assert {"loss", "grad_norm", "learning_rate", "patches_per_s", "data_wait_share"} == set(recorder.steps[0][2])
