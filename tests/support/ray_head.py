@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tests.support.process import Child, answers_http, free_ports
+from tests.support.process import Child, ServerError, answers_http, free_ports
+
+RAY = str(Path(sys.executable).parent / "ray")
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,15 @@ class RayHead:
     def submit_job(
         self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None, timeout_s: float = 280.0
     ) -> JobOutcome:
-        """What `ray job submit --working-dir DIR -- ENTRYPOINT` does; TimeoutError stops the job and shows its log."""
+        """`ray job submit --working-dir DIR -- ENTRYPOINT`, then waits; TimeoutError (with the log) stops the job."""
+        job_id = f"job-{uuid.uuid4().hex[:8]}"
+        command = [RAY, "job", "submit", "--address", self.jobs_url, "--submission-id", job_id, "--no-wait"]
+        command += ["--working-dir", str(working_dir), "--runtime-env-json", json.dumps({"env_vars": dict(env or {})})]
+        done = subprocess.run([*command, "--", *shlex.split(entrypoint)], capture_output=True, text=True, timeout=60)
+        if done.returncode != 0:
+            raise ServerError(f"ray job submit exited with {done.returncode}:\n{done.stderr[-2000:]}")
+        # Waiting is done here, because the command's exit code is 0 or 1, not the entry point's own.
         client = JobSubmissionClient(self.jobs_url)
-        excludes = [".git", ".venv", "**/__pycache__", "*.db", "runs", "mlruns", "mlartifacts"]
-        runtime_env = {"working_dir": str(working_dir), "excludes": excludes, "env_vars": dict(env or {})}
-        job_id = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
         deadline = time.monotonic() + timeout_s
         while not (status := client.get_job_status(job_id)).is_terminal():
             if time.monotonic() > deadline:
