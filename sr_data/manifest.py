@@ -11,7 +11,7 @@ from typing import Literal
 
 from sr_data.catalogue import Catalogue, CataloguedImage, Layout, catalogue, list_images
 from sr_data.errors import DataError
-from sr_data.file_facts import FileFacts, Progress, listing_digest, read_facts, table_from_json, table_to_json
+from sr_data.file_facts import FileFacts, Progress, is_table, listing_digest, read_facts, table_from_json, table_to_json
 from sr_data.storage import FileEntry, Store, open_store
 
 __all__ = ["STAGED_KEY", "ImageRecord", "Layout", "Manifest", "load_manifest"]
@@ -116,11 +116,11 @@ def load_manifest(
     """
     store = open_store(uri)
     entries = {entry.key: entry for entry in store.list()}
+    facts = staged_facts(store, entries)
     found = catalogue(entries, uri=store.uri, split=split, layout=layout)
     found.check_pairs(store.uri, scale)
-    keys = _keys_of(found, scale)
-    facts = staged_facts(store, entries)
     if facts is None:
+        keys = _keys_of(found, scale)
         facts = _verified(store, [entries[key] for key in keys], cache, num_threads, progress)
     return _assemble(store.uri, found, facts, scale=scale, min_side_px_hr=min_side_px_hr, on_bad_image=on_bad_image)
 
@@ -196,8 +196,9 @@ def _assemble(
         raise DataError(f"{uri}: {len(bad)} of {len(found.images)} images can't be used; repair or remove them, or "
                         f"leave them out with --data.on-bad-image skip.{_lines(bad)}")  # fmt: skip
     if not records:
-        raise DataError(f"{uri}: split {found.split!r} has no usable image left, of {len(found.images)}; see "
-                        f"--data.uri, --data.split, --data.patch-px-hr, --validation.uri.{_lines(bad + too_small)}")  # fmt: skip
+        flags = "--data.uri, --data.split, --data.patch-px-hr, --validation.uri"
+        raise DataError(f"{uri}: split {found.split!r} has no usable image left, of {len(found.images)}; see {flags}."
+                        f"{_lines(bad + too_small)}")  # fmt: skip
     decisions[DAMAGED] += len(bad)
     decisions[TOO_SMALL] += len(too_small)
     return Manifest(
