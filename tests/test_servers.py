@@ -145,3 +145,19 @@ def test_tiny_photos_are_rgb_and_own_copies(tiny_photos: Path) -> None:
 def test_shared_data_has_what_the_tests_name(shared_data: Path) -> None:
     assert len(list((shared_data / "BSDS500" / "train").glob("*.jpg"))) == 200
     assert len(list((shared_data / "Set5" / "LR_bicubic" / "X4").iterdir())) == 5
+
+
+@pytest.mark.parametrize(("expected", "closing"), [("0", "2 skipped"), ("1", "2 errors")])
+def test_absence_is_skipped_and_said_unless_ci_expected_it(tmp_path: Path, expected: str, closing: str) -> None:
+    (tmp_path / "test_absent.py").write_text("def test_data(shared_data): ...\ndef test_ceph(s3_rgw): ...\n")
+    command = [sys.executable, "-m", "pytest", "-ra", "-p", "tests.conftest", "test_absent.py"]
+    env = os.environ | {"SR_SHARED_DATA": "/nonexistent", "PATH": "/nonexistent", "PYTHONPATH": str(REPO)}
+    env |= {"SR_EXPECT_SHARED_DATA": expected, "SR_EXPECT_RGW": expected}
+    run = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert closing in run.stdout.splitlines()[-1], run.stdout
+    assert run.returncode == int(expected)
+    for reason in (
+        "BSDS500, DIV2K, Set5, T91 not found in /nonexistent (SR_SHARED_DATA)",
+        "radosgw-admin not installed",
+    ):
+        assert reason in run.stdout

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray.job_submission import JobStatus, JobSubmissionClient
-
 from tests.support.process import Child, ServerError, answers_http, free_ports
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -42,6 +40,8 @@ class RayHead:
         self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None, timeout_s: float = 280.0
     ) -> JobOutcome:
         """`ray job submit --working-dir DIR -- ENTRYPOINT`, then waits; TimeoutError (with the log) stops the job."""
+        from ray.job_submission import JobStatus, JobSubmissionClient  # here: a second that most tests can do without
+
         job_id = f"job-{uuid.uuid4().hex[:8]}"
         command = [RAY, "job", "submit", "--address", self.jobs_url, "--submission-id", job_id, "--no-wait"]
         command += ["--working-dir", str(working_dir), "--runtime-env-json", json.dumps({"env_vars": dict(env or {})})]
