@@ -1,0 +1,149 @@
+"""Ray Data's stream of pairs on a real Ray of two CPUs."""
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+from sr_data import ray_source
+from sr_data.errors import DataError, ImageError, StorageError
+from sr_data.manifest import ImageRecord
+from sr_data.pairs import DecodedPair, load_pair
+from sr_data.ray_source import stream_pairs
+from sr_data.storage import open_store
+
+SCALE = 2
+NUM_IMAGES = 11
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_of_two_cpus() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="WARNING")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of different sizes and colours."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        pixels = rng.integers(0, 256, (20 + 2 * number, 40 - 2 * number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04}.png")
+    return folder
+
+
+def records_of(folder: Path) -> list[ImageRecord]:
+    records = []
+    for path in sorted(folder.glob("*.png")):
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        with Image.open(path) as image:
+            width, height = image.size
+        facts = {"width": width, "height": height, "mode": "RGB", "hr_sha256": digest, "num_bytes": len(data)}
+        records.append(ImageRecord(name=path.stem, hr_key=path.name, lr_key=None, lr_sha256=None, **facts))
+    return records
+
+
+def stream(folder: Path, records: Iterator[ImageRecord] | list[ImageRecord], **changes: float) -> Iterator[DecodedPair]:
+    arguments = {"num_threads": 2, "block_images": 3, "reserved_cpus": 0.0} | changes
+    return stream_pairs(str(folder), records, SCALE, **arguments)  # type: ignore[arg-type]
+
+
+def assert_same(pairs: list[DecodedPair], folder: Path, records: list[ImageRecord]) -> None:
+    store = open_store(str(folder))
+    assert [pair.name for pair in pairs] == [record.name for record in records]
+    for pair, record in zip(pairs, records, strict=True):
+        expected = load_pair(store, record, SCALE)
+        np.testing.assert_array_equal(pair.hr_HWC, expected.hr_HWC)
+        np.testing.assert_array_equal(pair.lr_HWC, expected.lr_HWC)
+
+
+@pytest.mark.parametrize("run_images", [256, 4])
+def test_pairs_are_those_of_the_records_in_order(
+    images: Path, run_images: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_source, "_MAX_RUN_IMAGES", run_images)
+    records = records_of(images)
+    records = records[5:] + records[:5]
+    assert_same(list(stream(images, records)), images, records)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_records_no_pairs(images: Path) -> None:
+    assert list(stream(images, [])) == []
+
+
+def test_endless_records_are_read_as_they_are_needed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_source, "_MAX_RUN_IMAGES", 4)
+    records = records_of(images)
+    num_read = 0
+
+    def endless() -> Iterator[ImageRecord]:
+        nonlocal num_read
+        for record in itertools.cycle(records):
+            num_read += 1
+            yield record
+
+    pairs = stream(images, endless())
+    assert_same(list(itertools.islice(pairs, 30)), images, [records[i % NUM_IMAGES] for i in range(30)])
+    assert num_read <= 30 + 2 * 4
+    pairs.close()  # type: ignore[attr-defined]
+
+
+def test_runs_end_at_their_limit_of_bytes(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_source, "_MAX_RUN_BYTES", 1)
+    records = records_of(images)[:3]
+    assert_same(list(stream(images, records)), images, records)
+
+
+def test_error_of_an_image_comes_as_itself_after_the_pairs_before_it(images: Path, tmp_path: Path) -> None:
+    for path in images.glob("000[0-4].png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = (tmp_path / "0003.png").read_bytes()
+    (tmp_path / "0003.png").write_bytes(whole[: len(whole) // 2])
+    pairs = stream(tmp_path, records_of(tmp_path), block_images=2)
+    assert [pair.name for pair in itertools.islice(pairs, 3)] == ["0000", "0001", "0002"]
+    with pytest.raises((ImageError, DataError), match="0003") as raised:
+        next(pairs)
+    assert "ray" not in str(raised.value).lower()
+
+
+def test_missing_file_is_a_storage_error(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"0000\.png"):
+        list(stream(tmp_path, records_of(images)))
+
+
+@pytest.mark.parametrize("held_cpus", [1.5, 2.0])
+def test_training_workers_that_hold_the_cpus_do_not_block_decoding(images: Path, held_cpus: float) -> None:
+    """The stream runs inside a worker that holds most or all of the cluster's CPUs, as in Ray Train."""
+
+    @ray.remote(num_cpus=held_cpus)
+    def worker(folder: Path, records: list[ImageRecord]) -> list[str]:
+        return [pair.name for pair in stream_pairs(
+            str(folder), records, SCALE, num_threads=2, block_images=3, reserved_cpus=held_cpus
+        )]  # fmt: skip
+
+    records = records_of(images)
+    assert ray.get(worker.remote(images, records), timeout=60) == [record.name for record in records]
+
+
+def test_closing_the_stream_ends_its_executions(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_source, "_MAX_RUN_IMAGES", 4)
+    pairs = stream(images, itertools.cycle(records_of(images)))
+    assert len(list(itertools.islice(pairs, 7))) == 7  # half way through the second execution: the third is starting
+    names = ("ray-data-start", "StreamingExecutor")
+    assert any(thread.name.startswith(names) for thread in threading.enumerate())
+    pairs.close()  # type: ignore[attr-defined]
+    for name in names:
+        for thread in threading.enumerate():
+            if thread.name.startswith(name):
+                thread.join(timeout=20)
+                assert not thread.is_alive()
