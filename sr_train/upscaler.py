@@ -8,6 +8,7 @@
 | `models:/name@alias`, `models:/name/version` | a registered model |
 """
 
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from sr_models.inference import upscale_image
 from sr_models.network import SRNetwork
 from sr_models.weights import CONFIG_FILE, WEIGHTS_FILE, check_state, load_model
 from sr_train.checkpoint import inference_weights, read_checkpoint, step_of_key
-from sr_train.tracking_server import TrackingError, check_tracking, connect, resolve_tracking_uri
+from sr_train.tracking_server import check_tracking, connect, redact, resolve_tracking_uri
 
 BICUBIC = "bicubic"
 REGISTRY_PREFIX = "models:/"
+_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 ALLOWED = (
     "MODEL is bicubic, a checkpoint (….safetensors), a saved model's folder, models:/name@alias or models:/name/version"
 )
@@ -67,6 +69,8 @@ def open_upscaler(
     `tile_px_lr` as for `upscale_image`. UpscalerError, StorageError, CheckpointError, ModelError or TrackingError says
     what is missing or does not fit.
     """
+    if scale < 1:
+        raise UpscalerError(f"scale={scale} must be at least 1 (--scale)")
     if model == BICUBIC:
         return Upscaler(name=model, scale=scale, upscale=partial(upscale_bicubic, scale=scale))
     target = _device(device)
@@ -115,24 +119,27 @@ def _saved(store: Store, model: str) -> SRNetwork:
 
 
 def _registered(model: str, tracking_uri: str) -> SRNetwork:
+    named = _REGISTERED.fullmatch(model)
+    if named is None:
+        raise UpscalerError(f"{model}: is neither models:/name@alias nor models:/name/version")
     check_tracking(tracking_uri)  # MLflow itself would try an unreachable server for minutes
-    connect(tracking_uri)  # sets MLflow's time limits
+    client = connect(tracking_uri)
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
         try:
-            local = mlflow.artifacts.download_artifacts(
-                artifact_uri=model, dst_path=folder, tracking_uri=tracking_uri, registry_uri=tracking_uri
-            )
+            name, alias, version = named["name"], named["alias"], named["version"]
+            version = version or client.get_model_version_by_alias(name, alias).version
+            # Resolved here: for models:/ URIs download_artifacts asks the process-wide registry, not this one.
+            source = client.get_model_version_download_uri(name, version)
+            local = mlflow.artifacts.download_artifacts(source, dst_path=folder, tracking_uri=tracking_uri)
             flavors: dict[str, Any] = Model.load(local).flavors
-        except MlflowException as error:
-            reason = str(error).splitlines()[0]
-            raise UpscalerError(f"{model}: {reason} (--tracking-uri {tracking_uri})") from error
-        except OSError as error:
-            raise TrackingError(
-                f"{model}: can't be downloaded from {tracking_uri}: {error} (--tracking-uri)"
+        except (MlflowException, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UpscalerError(
+                f"{model}: {reason} ({redact(tracking_uri)}; MLFLOW_TRACKING_URI, --tracking-uri)"
             ) from error
         artifact = flavors.get("python_function", {}).get("artifacts", {}).get("model", {}).get("path")
         if artifact is None:
