@@ -5,9 +5,11 @@ a signature: uint8 RGB images of any size in, uint8 RGB images out. Nothing in i
 """
 
 import hashlib
+import inspect
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +125,7 @@ def _create(
         run_id=run.run_id,
         model_id=logged.model_id,
         tags={WEIGHTS_TAG: digest},
+        await_creation_for=0,  # it is READY when the call returns
     )
 
 
@@ -136,11 +139,13 @@ def pack_model(folder: Path, target: Path, *, description: "Model | None" = None
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
-    defaults = upscale_image.__kwdefaults__
+    defaults = inspect.signature(upscale_image).parameters
     types = {"tile_px_lr": "long", "self_ensemble": "boolean"}
-    options = ParamSchema([ParamSpec(key, dtype, defaults[key]) for key, dtype in types.items()])
+    options = ParamSchema([ParamSpec(key, dtype, defaults[key].default) for key, dtype in types.items()])
     package = Path(sr_models.__file__).parent
-    with tempfile.TemporaryDirectory(prefix="sr-code-") as scratch, _import_path_kept():
+    with tempfile.TemporaryDirectory(prefix="sr-code-") as scratch, _import_path_kept(), warnings.catch_warnings():
+        # An example would fix the signature to its size; the sample is tried, see `_write_sample`.
+        warnings.filterwarnings("ignore", message=".*input example was not provided.*")
         code = Path(scratch) / package.name
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
         save_model(

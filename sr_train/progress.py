@@ -66,31 +66,29 @@ def format_duration(seconds: float | None) -> str:
 
 
 class TimeLeft:
-    """Estimates the time to a step from the pace of the last minute, so a resumed run's past does not count."""
+    """Estimates the time to the last step from the pace of the last minute: what came before a resume does not count.
 
-    def __init__(self, total_steps: int, *, start_step: int, now_s: float) -> None:
-        """`start_step` steps were done before `now_s`, at a pace that says nothing about this run's."""
+    Nor does the time until the first step, in which workers, data and kernels start.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        """Estimate the time until `total_steps` steps are done."""
         self._total_steps = total_steps
-        self._marks = deque([(now_s, start_step)])
-        self._warm = False
+        self._marks: deque[tuple[float, int]] = deque()
 
     def at(self, step: int, now_s: float) -> float | None:
-        """Seconds left after `step` at `now_s`; None until two marks are known."""
-        if step < self._marks[-1][1]:  # workers were restarted from a checkpoint
+        """Seconds left after `step` at `now_s`; None until two steps are known."""
+        if self._marks and step < self._marks[-1][1]:  # workers were restarted from a checkpoint
             self._marks.clear()
-            self._warm = False
-        elif not self._warm and step > self._marks[-1][1]:
-            self._marks.clear()  # until the first step there were workers, data and kernels to start
-            self._warm = True
         self._marks.append((now_s, step))
         while len(self._marks) > 2 and self._marks[1][0] <= now_s - RATE_WINDOW_S:
             self._marks.popleft()
-        (first_s, first_step), (last_s, last_step) = self._marks[0], self._marks[-1]
+        first_s, first_step = self._marks[0]
         if step >= self._total_steps:
             return 0.0
-        if last_step <= first_step or last_s <= first_s:
+        if step == first_step or now_s <= first_s:
             return None
-        return (self._total_steps - step) * (last_s - first_s) / (last_step - first_step)
+        return (self._total_steps - step) * (now_s - first_s) / (step - first_step)
 
 
 class Progress:
@@ -100,47 +98,22 @@ class Progress:
         self,
         *,
         total_steps: int,
-        start_step: int = 0,
         interval_s: float = 5.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`stream` is standard error if None; `clock` gives seconds."""
-        self._total_steps = total_steps
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
         self._interval_s = REDRAW_INTERVAL_S if self._is_terminal else interval_s
         self._clock = clock
-        self._time_left = TimeLeft(total_steps, start_step=start_step, now_s=clock())
+        self._time_left = TimeLeft(total_steps)
         self._shown_s: float | None = None
         self._latest: tuple[ProgressUpdate, float | None] | None = None
         self._latest_is_shown = True
 
-    def update(
-        self,
-        *,
-        step: int,
-        loss: float,
-        patches_per_s: float,
-        data_wait_share: float,
-        learning_rate: float,
-        psnr_db: float | None = None,
-    ) -> None:
-        """Take note of a step; shown if the last one was shown long enough ago. See `ProgressUpdate`."""
-        self.show(
-            ProgressUpdate(
-                step=step,
-                total_steps=self._total_steps,
-                loss=loss,
-                patches_per_s=patches_per_s,
-                data_wait_share=data_wait_share,
-                learning_rate=learning_rate,
-                psnr_db=psnr_db,
-            )
-        )
-
-    def show(self, update: ProgressUpdate) -> None:
-        """Like `update`, for one that was made elsewhere."""
+    def update(self, update: ProgressUpdate) -> None:
+        """Take note of a step; shown if the last one was shown long enough ago."""
         now_s = self._clock()
         self._latest = update, self._time_left.at(update.step, now_s)
         self._latest_is_shown = False

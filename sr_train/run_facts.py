@@ -52,9 +52,7 @@ def _lines(*command: str) -> list[str]:
     if shutil.which(command[0]) is None:
         return []
     try:
-        done = subprocess.run(  # noqa: S603  fixed commands, no shell
-            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True)
     except (subprocess.SubprocessError, OSError):
         return []
     return done.stdout.splitlines()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from sr_data.decode import encode_png
 
+from sr_data.decode import encode_png
 from sr_train.outbox import Outbox, RefusedError, replay
 from sr_train.run_facts import run_facts
 from sr_train.spool import Record, Segment
@@ -66,9 +66,13 @@ def start_run(
     """Create a run, or go on with `run_id`, and record what is known about it: `texts` are files by path.
 
     A parameter of a run can't change in MLflow. Where a resumed run has another value than it began with, the new value
-    becomes the tag `resumed.<parameter>`. Raises TrackingError.
+    becomes the tag `resumed.<parameter>`. A password in the tracking URI is left out wherever the URI occurs in them.
+    Raises TrackingError.
     """
     uri = resolve_tracking_uri(tracking_uri)
+    params, tags, texts = (
+        {key: value.replace(uri, redact(uri)) for key, value in some.items()} for some in (params, tags, texts)
+    )
     with as_tracking_error(uri):
         client = connect(uri)
         if run_id is None:

@@ -101,6 +101,7 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def sqlite_path(uri: str) -> Path:
+    """Return the absolute path of the file that a `sqlite:///…` URI means."""
     return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
 
 

@@ -295,6 +295,16 @@ def test_a_deleted_experiment_is_said(uri: str) -> None:
 def test_messages_and_urls_hold_no_password() -> None:
     assert redact("https://me:secret@host:5000/x") == "https://***@host:5000/x"
     assert redact("http://host:5000") == "http://host:5000"
+
+
+def test_no_password_is_recorded(mlflow_server: MlflowServer) -> None:
+    uri = mlflow_server.uri.replace("http://", "http://me:secret@")
+    run = new_run(uri, params={"tracking.uri": uri}, tags={"server": uri}, texts={"config.yaml": f"uri: {uri}"})
+    host = mlflow_server.uri.removeprefix("http://")
+    assert run.url.startswith(f"http://***@{host}/")
+    found = MlflowClient(mlflow_server.uri).get_run(run.run_id)
+    assert found.data.params["tracking.uri"] == found.data.tags["server"] == f"http://***@{host}"
+    assert artefact(run, "config.yaml") == f"uri: http://***@{host}".encode()
     with pytest.raises(TrackingError) as caught:
         check_tracking("http://me:secret@127.0.0.1:9", timeout_s=3)
     assert "secret" not in str(caught.value)
