@@ -19,6 +19,7 @@ _LR_FOLDER = re.compile(r"(?:^|/)(?:[^/]*_)?LR_bicubic/X(\d+)/")
 _DIV2K_HR = re.compile(r"^DIV2K_(train|valid|test)_HR/")
 _BSD500_ROOTS = ("images/", "data/images/", "BSDS500/data/images/", "BSR/BSDS500/data/images/")
 
+_FLAGS = "--data.uri, --validation.uri (--source of prepare_dataset.py)"
 LOOKED_FOR = """  div2k      DIV2K_train_HR/0001.png, DIV2K_train_LR_bicubic/X2/0001x2.png (and valid)
   benchmark  HR/baby.png, LR_bicubic/X2/babyx2.png
   bsd500     images/train/100075.jpg (and val, test; or without images/)
@@ -100,7 +101,7 @@ def catalogue(keys: Iterable[str], *, uri: str, split: str, layout: Layout = "au
     """
     image_keys = list_images(keys)
     if not image_keys:
-        raise DataError(f"{uri}: holds no images. Looked for:\n{LOOKED_FOR}\n(--data.uri, --validation.uri)")
+        raise DataError(f"{uri}: holds no images. Looked for:\n{LOOKED_FOR}\nSee {_FLAGS}.")
     found = detect_layout(image_keys) if layout == "auto" else layout
     folders = _folders(image_keys, found, split, uri)
     hr_by_name: dict[str, str] = {}
@@ -116,7 +117,7 @@ def catalogue(keys: Iterable[str], *, uri: str, split: str, layout: Layout = "au
     lr, unpaired = _pair(image_keys, folders, hr_by_name)
     if not hr_by_name:
         raise DataError(f"{uri}: the split {split!r} of layout {found} holds no HR images in {folders.hr or 'it'}; "
-                        "see --data.uri, --data.split, --validation.uri and --validation.split")  # fmt: skip
+                        f"see {_FLAGS}, --data.split, --validation.split")  # fmt: skip
     images = tuple(
         CataloguedImage(name=name, hr_key=hr_by_name[name], lr_keys=lr.get(name, {})) for name in sorted(hr_by_name)
     )
@@ -147,6 +148,11 @@ def splits_of(keys: Iterable[str], layout: Layout = "auto") -> tuple[str, ...]:
     root = _bsd500_root(image_keys) if found == "bsd500" else ""
     there = {key.removeprefix(root).partition("/")[0] for key in image_keys if key.startswith(root) and "/" in key}
     return tuple(name for name in SPLITS if name in there)
+
+
+def is_lr(key: str) -> bool:
+    """Whether a key lies in an LR folder of any scale and split."""
+    return _LR_FOLDER.search(key) is not None
 
 
 def lr_key(folders: Folders, name: str, scale: int) -> str:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sr_data.decode import decode_image
 from sr_data.errors import DataError, ImageError
 from sr_data.storage import FileEntry, Store
@@ -36,13 +39,18 @@ class FileFacts:
 
 def facts_of(data: bytes) -> FileFacts:
     """The facts of one file's bytes; a damaged image gives `error`, not an exception."""
+    return decode_with_facts(data)[0]
+
+
+def decode_with_facts(data: bytes) -> tuple[FileFacts, NDArray[np.uint8] | None]:
+    """The facts and, unless they hold an `error`, the pixels: uint8 HWC RGB."""
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        _, facts = decode_image(data, name="")
+        image_HWC, facts = decode_image(data, name="")
     except ImageError as error:
-        return FileFacts(num_bytes=len(data), sha256=sha256, error=str(error).removeprefix(": "))
+        return FileFacts(num_bytes=len(data), sha256=sha256, error=str(error).removeprefix(": ")), None
     return FileFacts(num_bytes=len(data), sha256=sha256, width=facts.width, height=facts.height, mode=facts.mode,
-                     notes=facts.notes)  # fmt: skip
+                     notes=facts.notes), image_HWC  # fmt: skip
 
 
 def read_facts(
