@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 from sr_data import window
 from sr_data.cutting import cut, pack_rows, patch_geometry, to_device
 from sr_data.errors import DataError
+from sr_data.pairs import DecodedPair
 from sr_data.sampling import Int64Array, SamplePlan, draw_samples, slot_range
-
-if TYPE_CHECKING:
-    from sr_data.pairs import DecodedPair
 
 Placement = Literal["auto", "device", "host"]
 
@@ -197,7 +195,7 @@ class PatchPool:
 
     # The feeder's thread
 
-    def feed(self, pairs: "Iterable[DecodedPair]") -> None:
+    def feed(self, pairs: Iterable[DecodedPair]) -> None:
         """Starts a thread that takes `pairs`, which come in the order of `needs`, and puts them in as places become
         free.
 
@@ -209,7 +207,7 @@ class PatchPool:
         self._thread = threading.Thread(target=self._run_feed, args=(pairs,), name="patch-pool-feed", daemon=True)
         self._thread.start()
 
-    def _run_feed(self, pairs: "Iterable[DecodedPair]") -> None:
+    def _run_feed(self, pairs: Iterable[DecodedPair]) -> None:
         try:
             self._put_all(pairs)
         except BaseException as error:  # noqa: BLE001 — nothing may be lost on the way to the training thread
@@ -217,7 +215,7 @@ class PatchPool:
                 self._error = error
                 self._changed.notify_all()
 
-    def _put_all(self, pairs: "Iterable[DecodedPair]") -> None:
+    def _put_all(self, pairs: Iterable[DecodedPair]) -> None:
         source = iter(pairs)
         try:
             for position, image in self._feed_order:
@@ -245,7 +243,7 @@ class PatchPool:
             self._changed.wait_for(lambda: self._closed or self._held[0][0] < self._generation)
             return None if self._closed else heapq.heappop(self._held)[1]
 
-    def _put(self, position: int, image: int, place: int, pair: "DecodedPair") -> None:
+    def _put(self, position: int, image: int, place: int, pair: DecodedPair) -> None:
         height, width = self._sizes_px_lr[image].tolist()
         expected = (height * self._plan.scale, width * self._plan.scale, 3)
         if pair.hr_HWC.shape != expected or pair.lr_HWC.shape != (height, width, 3):

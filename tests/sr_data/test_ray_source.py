@@ -53,7 +53,7 @@ def records_of(folder: Path) -> list[ImageRecord]:
 
 
 def stream(folder: Path, records: Iterator[ImageRecord] | list[ImageRecord], **changes: float) -> Iterator[DecodedPair]:
-    arguments = {"num_threads": 2, "block_images": 3, "reserved_cpus": 0.0} | changes
+    arguments = {"num_threads": 2, "block_images": 3, "reserved_cpus": 0.0, "head_images": 0} | changes
     return stream_pairs(str(folder), records, SCALE, **arguments)  # type: ignore[arg-type]
 
 
@@ -75,6 +75,21 @@ def test_pairs_are_those_of_the_records_in_order(
     records = records[5:] + records[:5]
     assert_same(list(stream(images, records)), images, records)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("head_images", [2, NUM_IMAGES, 100])
+def test_head_is_followed_by_the_rest(images: Path, head_images: int) -> None:
+    records = records_of(images)
+    assert_same(list(stream(images, records, head_images=head_images)), images, records)
+
+
+def test_few_images_need_no_execution(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_nothing(*_: object, **__: object) -> None:
+        raise AssertionError("an execution was started")
+
+    monkeypatch.setattr(ray_source, "_start_run", start_nothing)
+    records = records_of(images)[:5]
+    assert_same(list(stream(images, records, head_images=8)), images, records)
 
 
 def test_no_records_no_pairs(images: Path) -> None:
@@ -128,7 +143,7 @@ def test_training_workers_that_hold_the_cpus_do_not_block_decoding(images: Path,
     @ray.remote(num_cpus=held_cpus)
     def worker(folder: Path, records: list[ImageRecord]) -> list[str]:
         return [pair.name for pair in stream_pairs(
-            str(folder), records, SCALE, num_threads=2, block_images=3, reserved_cpus=held_cpus
+            str(folder), records, SCALE, num_threads=2, block_images=3, reserved_cpus=held_cpus, head_images=0
         )]  # fmt: skip
 
     records = records_of(images)
