@@ -6,6 +6,7 @@ a signature: uint8 RGB images of any size in, uint8 RGB images out. Nothing in i
 
 import hashlib
 import inspect
+import logging
 import shutil
 import sys
 import tempfile
@@ -121,7 +122,7 @@ def _create(
             raise
     return client.create_model_version(
         name,
-        source=f"models:/{logged.model_id}",
+        source=logged.artifact_location,  # "models:/<id>" would be looked up in the process-wide registry
         run_id=run.run_id,
         model_id=logged.model_id,
         tags={WEIGHTS_TAG: digest},
@@ -143,9 +144,7 @@ def pack_model(folder: Path, target: Path, *, description: "Model | None" = None
     types = {"tile_px_lr": "long", "self_ensemble": "boolean"}
     options = ParamSchema([ParamSpec(key, dtype, defaults[key].default) for key, dtype in types.items()])
     package = Path(sr_models.__file__).parent
-    with tempfile.TemporaryDirectory(prefix="sr-code-") as scratch, _import_path_kept(), warnings.catch_warnings():
-        # An example would fix the signature to its size; the sample is tried, see `_write_sample`.
-        warnings.filterwarnings("ignore", message=".*input example was not provided.*")
+    with tempfile.TemporaryDirectory(prefix="sr-code-") as scratch, _import_path_kept(), _no_advice():
         code = Path(scratch) / package.name
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
         save_model(
@@ -183,6 +182,24 @@ def _import_path_kept() -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Silence MLflow's advice on what is done on purpose.
+
+    It wants an input example, which would fix the signature to its size (the sample is tried, see `_write_sample`), and
+    pip's version, which an environment made by uv does not have.
+    """
+    environment = logging.getLogger("mlflow.utils.environment")
+    level = environment.level
+    environment.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*input example was not provided.*")
+            yield
+    finally:
+        environment.setLevel(level)
 
 
 def _digest(folder: Path) -> str:

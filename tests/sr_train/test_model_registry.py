@@ -72,7 +72,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> RunHandle:
         server: MlflowServer = request.getfixturevalue("mlflow_server")
         uri = server.uri
     else:
-        uri = f"sqlite:///{tmp_path}/mlflow.db"
+        uri = f"sqlite:///{tmp_path}/elsewhere.db"  # not the default of this working directory
     return start_run(
         tracking_uri=uri, experiment=f"registry-{tmp_path.name}", run_name="r", params={}, tags={}, texts={}
     )
