@@ -134,7 +134,8 @@ def ssim(first_HW: Float64Array, second_HW: Float64Array) -> float:
 def _gaussian_window() -> Float64Array:
     offsets_px = np.arange(SSIM_WINDOW_PX) - SSIM_WINDOW_PX // 2
     weights = np.exp(-(offsets_px**2) / (2.0 * SSIM_SIGMA_PX**2))
-    return weights / weights.sum()
+    window: Float64Array = weights / weights.sum()
+    return window
 
 
 def _blur(image_HW: Float64Array) -> Float64Array:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sr_data.pairs import DecodedPair
 
+from sr_data.pairs import DecodedPair
 from sr_train.metrics import ImageScore, MetricError, score_image
 
 Upscale = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]

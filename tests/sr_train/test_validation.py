@@ -10,8 +10,8 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from sr_data.pairs import DecodedPair
 
+from sr_data.pairs import DecodedPair
 from sr_data.resize import downscale_bicubic, upscale_bicubic
 from sr_train.metrics import PAPERS_PROTOCOL, ImageScore, MetricError, score_image
 from sr_train.validation import SetScore, mean_score, score_pairs, validate_distributed
