@@ -33,12 +33,12 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_s3, "FIRST_PAUSE_S", 0.001)
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", "s3", "s3_rgw"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """An empty store of each kind: every test that takes it states one behaviour for both."""
     if request.param == "disk":
         return open_store(str(tmp_path / "store"))
-    return open_store(request.getfixturevalue("s3").new_bucket() + "/a prefix")
+    return open_store(request.getfixturevalue(request.param).new_bucket() + "/a prefix")
 
 
 def test_what_is_written_is_read_listed_and_deleted(store: Store) -> None:
@@ -223,25 +223,25 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
 # --- S3 --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_listing_longer_than_a_page(s3: Any) -> None:
-    store = open_store(s3.new_bucket() + "/p")
+def test_a_listing_longer_than_a_page(any_s3: Any) -> None:
+    store = open_store(any_s3.new_bucket() + "/p")
     keys = [f"{number:04}" for number in range(1005)]
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(lambda key: store.write(key, b""), keys))
     assert [entry.key for entry in store.list()] == keys
 
 
-def test_a_large_file_goes_in_parts_and_arrives_whole(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_goes_in_parts_and_arrives_whole(any_s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_s3, "MULTIPART_ABOVE_BYTES", 6 * 2**20)
     monkeypatch.setattr(storage_s3, "MIN_PART_BYTES", 5 * 2**20)
-    store = open_store(s3.new_bucket())
+    store = open_store(any_s3.new_bucket())
     data = os.urandom(11 * 2**20)
     store.write("checkpoint", data)
     assert store.read("checkpoint") == data
     assert store.list()[0].version.endswith("-3")
 
 
-@pytest.mark.usefixtures("s3")
+@pytest.mark.usefixtures("any_s3")
 def test_a_missing_bucket() -> None:
     store = open_store("s3://no-such-bucket-here/p")
     for use in (store.list, store.check_writable):
@@ -250,8 +250,8 @@ def test_a_missing_bucket() -> None:
 
 
 @pytest.mark.parametrize("changed", [{"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ACCESS_KEY_ID": "unknown"}])
-def test_wrong_credentials(s3: Any, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str]) -> None:
-    store = open_store(s3.new_bucket())
+def test_wrong_credentials(any_s3: Any, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str]) -> None:
+    store = open_store(any_s3.new_bucket())
     store.write("x", b"")  # a client with the right credentials exists: the new ones must be looked at all the same
     for name, value in changed.items():
         monkeypatch.setenv(name, value)
@@ -289,14 +289,14 @@ def test_an_endpoint_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("quick_retries")
-@pytest.mark.parametrize("fault", ["truncate", "503", "drop"])
-def test_a_fault_that_passes_is_not_noticed(s3: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+@pytest.mark.parametrize("fault", ["truncate", "503", "drop", "lost"])
+def test_a_fault_that_passes_is_not_noticed(any_s3: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Every request fails once in its first attempt, at every step of a read, a listing and an upload in parts."""
     monkeypatch.setattr(storage_s3, "MULTIPART_ABOVE_BYTES", 6 * 2**20)
     monkeypatch.setattr(storage_s3, "MIN_PART_BYTES", 5 * 2**20)
-    store = open_store(s3.new_bucket())
+    store = open_store(any_s3.new_bucket())
     data = os.urandom(7 * 2**20)
-    with faulty_proxy(s3, lambda _method, _path, attempt: fault if attempt == 1 else None) as endpoint_url:
+    with faulty_proxy(any_s3, lambda _method, _path, attempt: fault if attempt == 1 else None) as endpoint_url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint_url)
         store.write("small", b"small")
         store.write("large", data)
@@ -320,20 +320,20 @@ def test_a_body_that_is_always_cut_short_is_an_error_and_never_short_data(
 
 
 @pytest.mark.usefixtures("quick_retries")
-def test_an_upload_that_fails_for_good_keeps_the_previous_content(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_fails_for_good_keeps_the_previous_content(any_s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_s3, "MULTIPART_ABOVE_BYTES", 6 * 2**20)
     monkeypatch.setattr(storage_s3, "MIN_PART_BYTES", 5 * 2**20)
     monkeypatch.setattr(storage_s3, "MAX_ATTEMPTS", 2)
-    store = open_store(s3.new_bucket())
+    store = open_store(any_s3.new_bucket())
     store.write("checkpoint", b"previous")
-    with faulty_proxy(s3, lambda _m, path, _a: "503" if "partNumber=2" in path else None) as endpoint_url:
+    with faulty_proxy(any_s3, lambda _m, path, _a: "503" if "partNumber=2" in path else None) as endpoint_url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint_url)
         with pytest.raises(StorageError, match=r"checkpoint: .*503"):
             store.write("checkpoint", bytes(7 * 2**20))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint_url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", any_s3.endpoint_url)
     assert store.read("checkpoint") == b"previous"
     bucket = store.uri.removeprefix("s3://")
-    assert "Uploads" not in s3.client().list_multipart_uploads(Bucket=bucket)
+    assert "Uploads" not in any_s3.client().list_multipart_uploads(Bucket=bucket)
 
 
 @contextmanager
@@ -362,6 +362,9 @@ def faulty_proxy(server: Any, faults: Faults) -> Iterator[str]:
             url = server.endpoint_url + self.path
             answer = requests.request(self.command, url, data=body, headers=dict(self.headers), timeout=30, stream=True)
             data = answer.raw.read(decode_content=False)
+            if fault == "lost":  # the server has done it, and the client never hears of that
+                self.close_connection = True
+                return
             headers = {k: v for k, v in answer.headers.items() if k.lower() not in ("connection", "transfer-encoding")}
             self.answer(answer.status_code, headers, data, cut=fault == "truncate" and len(data) > 1)
 
