@@ -18,9 +18,10 @@ def upscale_image(
     The image is cut into tiles of at most `tile_px_lr` square; each is run with a border as wide as the network can see
     (`receptive_radius_px_lr`), which is then cut off, so the result is that of the whole image up to float rounding.
     Borders cost time: EDSR baseline x4 took 510x339 px in 75 s and 0.5 GiB at 192, in 39 s and 1.6 GiB as one tile (2
-    CPU cores). `self_ensemble` averages over the eight flips and quarter turns (EDSR, "Geometric self-ensemble"), for eight
-    times the work. The model's training mode is left as it was. ModelError if the image or the tile size is not as it
-    must be.
+    CPU cores). `self_ensemble` averages over the eight flips and quarter turns (EDSR, "Geometric self-ensemble"): eight
+    times the work. The model's training mode is left as it was.
+
+    ModelError if the image or the tile size is not as it must be.
     """
     if not isinstance(model, SRNetwork):
         raise ModelError(f"{type(model).__name__} is not a network of sr_models; of a wrapper, pass what it wraps")
