@@ -1,7 +1,7 @@
 """Train EDSR on a Ray cluster and register the best checkpoint in MLflow.
 
-    python pipelines/train_edsr.py                                     a small EDSR on built-in photos, anywhere
-    python pipelines/train_edsr.py --preset edsr-baseline-x4 --data.uri s3://bucket/div2k --run.num-workers 8
+python pipelines/train_edsr.py                                     a small EDSR on built-in photos, anywhere
+python pipelines/train_edsr.py --preset edsr-baseline-x4 --data.uri s3://bucket/div2k --run.num-workers 8
 """
 
 import sys

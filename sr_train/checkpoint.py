@@ -1,7 +1,7 @@
 """Everything of a run in one atomic file, and which files are kept.
 
-One safetensors file per checkpoint: tensors as `GROUP/NAME`, all the rest as JSON in the file's header. One file is one write, so on
-object storage and on disk a checkpoint is there whole or not at all; reading it runs no code.
+One safetensors file per checkpoint: tensors as `GROUP/NAME`, all the rest as JSON in the file's header. One file is one
+write, so on object storage and on disk a checkpoint is there whole or not at all; reading it runs no code.
 """
 
 import json
@@ -27,10 +27,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """All of a run at one step."""
+
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     """Groups of named tensors: "model", "ema" (where there is one), "optimizer"."""
     meta: Mapping[str, Any]
-    """Plain JSON: step, patches_seen, architecture, model_config, config, best, and what else the run needs to go on."""
+    """Plain JSON: step, patches_seen, architecture, model_config, config, best, and what else the run needs to go
+    on."""
 
     @property
     def step(self) -> int:
@@ -38,10 +41,12 @@ class Checkpoint:
 
 
 def key_of_step(step: int) -> str:
+    """`step-000001234.safetensors`; sorting keys sorts steps."""
     return f"step-{step:09d}{_SUFFIX}"
 
 
 def step_of_key(key: str) -> int | None:
+    """The step in a checkpoint's key; None for any other file."""
     stem = key.removeprefix("step-").removesuffix(_SUFFIX)
     return int(stem) if key == f"step-{stem}{_SUFFIX}" and stem.isdigit() else None
 
@@ -84,6 +89,7 @@ def list_keys(store: Store) -> list[str]:
 
 
 def latest_key(store: Store) -> str | None:
+    """Key of the newest checkpoint; None if there is none."""
     keys = list_keys(store)
     return keys[-1] if keys else None
 

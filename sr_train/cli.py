@@ -12,7 +12,8 @@ from sr_data.storage import open_store
 from sr_train.config import ConfigError, ModelT, TrainConfig, config_from_dict, config_to_dict, flatten
 from sr_train.run_folder import CONFIG_KEY
 
-# What a resumed run may change: how long, where and how watched, but nothing that earlier samples or updates depended on.
+# What a resumed run may change: how long, where and how watched, but nothing that earlier samples or updates depended
+# on.
 _MAY_CHANGE_ON_RESUME = (
     "run.",
     "tracking.",
@@ -29,6 +30,8 @@ _MAY_CHANGE_ON_RESUME = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(Generic[ModelT]):
+    """What was asked for."""
+
     config: TrainConfig[ModelT]
     plan_only: bool
     resume: bool
@@ -58,7 +61,8 @@ def parse_train(
 ) -> TrainCommand[ModelT]:
     """Exits with status 2 and the flag's name on an unknown flag or a wrong value (ConfigError for contradictory ones).
 
-    With --resume and no --preset, the saved config of --run.name is what the other flags override."""
+    With --resume and no --preset, the saved config of --run.name is what the other flags override.
+    """
     preset = _given(arguments, "--preset")
     if preset is not None and preset not in presets:
         raise ConfigError(f"--preset {preset!r} is unknown; there are: {', '.join(presets)}")

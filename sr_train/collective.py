@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Collective:
+    """A worker's place among the workers of the default process group."""
+
     rank: int = 0
     world_size: int = 1
 

@@ -1,7 +1,8 @@
 """Every option of a training run: typed, frozen, and refused early with the flag's name when it can't be.
 
-Lengths are counted in patches seen, not in steps: two workers with twice the global batch take half the steps and see the same
-training. `TrainConfig` is generic over the network's config, so each pipeline gets typed flags for its own network.
+Lengths are counted in patches seen, not in steps: two workers with twice the global batch take half the steps and see
+the same training. `TrainConfig` is generic over the network's config, so each pipeline gets typed flags for its own
+network.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,8 @@ def _require_positive(**flags: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
+    """Which images, and how patches are cut from them."""
+
     uri: str = "builtin://photos"
     """Dataset: s3://bucket/prefix, a local folder, or builtin://photos."""
     split: str = "train"
@@ -67,6 +70,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
+    """What the run is judged by, and when."""
+
     uri: str | None = None
     """Dataset to validate on; the training dataset's URI when not given."""
     split: str = "valid"
@@ -96,6 +101,8 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
+    """The learning rate over the budget."""
+
     kind: Literal["constant", "step", "cosine", "one-cycle"] = "cosine"
     """Shape of the learning rate over the budget, after the warm-up."""
     learning_rate: float = 1e-4
@@ -127,6 +134,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
+    """Budget, batch and optimiser."""
+
     total_patches: int = 4_800_000
     """Budget of the run, in patches seen (EDSR: 300,000 updates of 16)."""
     global_batch_size: int = 16
@@ -146,7 +155,8 @@ class OptimConfig:
     clip_grad_norm: float | None = None
     """Scale gradients down to this total L2 norm; never when not given."""
     ema_decay: float | None = None
-    """Per-step decay of an exponential moving average of the weights, which is then what is validated and registered."""
+    """Per-step decay of an exponential moving average of the weights, which is then what is validated and
+    registered."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Arithmetic of forward and backward: bf16 autocast or float32; auto is bf16 on CUDA and float32 on CPU."""
     seed: int = 0
@@ -176,12 +186,15 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
+    """What is saved, and what training starts from."""
+
     interval_patches: int = 16_000
     """Patches between checkpoints; each validation and the end write one too."""
     keep_last: int = 3
     """Newest checkpoints kept, besides the best one."""
     init_from: str | None = None
-    """Weights to start from: a checkpoint, a folder or models:/NAME; x3/x4 may start from x2 (all but the upsampler)."""
+    """Weights to start from: a checkpoint, a folder or models:/NAME; x3/x4 may start from x2 (all but the
+    upsampler)."""
 
     def __post_init__(self) -> None:
         _require_positive(checkpoint__interval_patches=self.interval_patches, checkpoint__keep_last=self.keep_last)
@@ -189,6 +202,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
+    """Where the run is recorded and registered."""
+
     uri: str | None = None
     """MLflow tracking URI; MLFLOW_TRACKING_URI, then sqlite:///mlflow.db in the current folder, when not given."""
     experiment: str = "super-resolution"
@@ -203,6 +218,8 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
+    """Name, place and workers."""
+
     name: str | None = None
     """Name of the run; ARCHITECTURE-xSCALE-DATE-TIME when not given."""
     storage: str = "runs"
@@ -234,6 +251,8 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Generic[ModelT]):
+    """A whole run."""
+
     model: ModelT
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

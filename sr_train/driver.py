@@ -1,6 +1,9 @@
-"""The life of a run, as the driver sees it: plan → fit → best checkpoint → registered version, and where everything is."""
+"""The life of a run, as the driver sees it: plan → fit → best checkpoint → registered version, and where everything
+is.
+"""
 
 import json
+import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,20 +29,20 @@ from sr_train.cli import TrainCommand
 from sr_train.config import ConfigError, config_to_dict, flatten
 from sr_train.metrics import score_image
 from sr_train.model_registry import RegisteredVersion, register_model
-from sr_train.plan import Plan, PlanError, describe, make_plan
+from sr_train.plan import Plan, PlanError, make_plan
+from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
 from sr_train.ray_run import FitResult, Message, TrainingFailedError, cluster_facts, connect, fit, image_stream
 from sr_train.run_facts import run_facts
 from sr_train.run_folder import COMPARISON_KEY, CONFIG_KEY, RESULT_KEY, TRACKING_KEY, checkpoint_store
 from sr_train.tracking import RunHandle, Status, finish_run, start_run
 from sr_train.tracking_server import TrackingError
-from sr_train.upscaler import load_weights
+from sr_train.upscaler import UpscalerError, open_network
 from sr_train.validator import side_by_side
 from sr_train.worker import Job
 
-
 USER_ERRORS = (ConfigError, PlanError, DataError, StorageError, ModelError, ckpt.CheckpointError, TrackingError,
-               TrainingFailedError)  # fmt: skip
+               TrainingFailedError, UpscalerError)  # fmt: skip
 """What a person can mend: shown as a message, without a traceback."""
 
 
@@ -48,10 +51,13 @@ class Interrupted(Exception):
 
 
 def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None:
-    """Runs the plan on the cluster, from wherever the run stands, and registers its best checkpoint. Prints what it does.
+    """Runs the plan on the cluster, from wherever the run stands, and registers its best checkpoint. Prints what it
+    does.
 
-    Raises PlanError before training, TrainingFailedError, TrackingError (the model could not be registered; the run is complete
-    otherwise and `--resume` registers it), Interrupted."""
+    Raises PlanError before training, TrainingFailedError, TrackingError (the model could not be registered; the run is
+    complete otherwise and `--resume` registers it), Interrupted.
+    """
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # it announces each table it creates, and how pip is not pinned
     connect()
     plan = make_plan(command.config, cluster_facts(), resume=command.resume, progress=_manifest_progress)
     print(describe(plan), flush=True)
@@ -123,7 +129,7 @@ def _show(progress: Progress, plan: Plan, message: Message) -> None:
 
 
 def _manifest_progress(done: int, total: int) -> None:
-    if done == total or done % 100 == 0:
+    if done % 100 == 0:  # a small set is read before anyone wonders
         print(f"reading the dataset: {done}/{total} images", file=sys.stderr, flush=True)
 
 
@@ -132,9 +138,9 @@ def _init_state(plan: Plan) -> Mapping[str, torch.Tensor] | None:
     source = plan.config.checkpoint.init_from
     if source is None:
         return None
-    config, state = load_weights(source, tracking_uri=plan.config.tracking.uri)
+    origin = open_network(source, tracking_uri=plan.config.tracking.uri)
     network = build_model(plan.config.model, seed=plan.config.optim.seed)
-    report = load_matching(network, state, config=config)  # type: ignore[arg-type]
+    report = load_matching(network, origin.state_dict(), config=origin.config)
     fresh = f", {len(report.fresh)} newly initialised" if report.fresh else ""
     print(f"starting from {source}: {len(report.loaded)} tensors taken over{fresh}", flush=True)
     return network.state_dict()
@@ -145,8 +151,8 @@ def _start_tracking(plan: Plan, store: Store) -> RunHandle | None:
     if not plan.tracking_reachable:
         return None
     config = config_to_dict(plan.config)
-    previous = json.loads(store.read_text(TRACKING_KEY)) if store.exists(TRACKING_KEY) else None
-    same_server = previous is not None and previous["tracking_uri"] == plan.config.tracking.uri
+    previous = json.loads(store.read_text(TRACKING_KEY)) if store.exists(TRACKING_KEY) else {}
+    same_server = previous.get("tracking_uri") == plan.config.tracking.uri
     handle = start_run(
         tracking_uri=plan.config.tracking.uri or "",
         experiment=plan.config.tracking.experiment,
@@ -185,7 +191,9 @@ def _conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitR
     checkpoints = checkpoint_store(plan.run_uri)
     values = result.position.best or {}
     best = _Best(
-        checkpoint=ckpt.read_checkpoint(checkpoints, values["key"]), values=values, uri=checkpoints.uri_of(values["key"])
+        checkpoint=ckpt.read_checkpoint(checkpoints, values["key"]),
+        values=values,
+        uri=checkpoints.uri_of(values["key"]),
     )
     comparison_png, sample_lr = _comparison(plan, best.checkpoint)
     store.write(COMPARISON_KEY, comparison_png)
@@ -257,20 +265,26 @@ def _report(
 ) -> str:
     values, measures = best.values, result.measures
     gain_db = values["psnr_db"] - values["bicubic_psnr_db"]
+    score = f"PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f} at step {values['step']}"
+    bicubic = f"{values['bicubic_psnr_db']:.2f} dB, {values['bicubic_ssim']:.4f}"
+    again = f"--resume --run.name {plan.config.run.name}"
     rows = [
-        ("best", f"PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f} at step {values['step']}; bicubic "
-                 f"{values['bicubic_psnr_db']:.2f} dB, {values['bicubic_ssim']:.4f} ({gain_db:+.2f} dB; "
-                 f"{plan.config.validation.protocol})"),
-        ("speed", f"{measures['patches_per_s']:,.0f} patches/s, {100 * measures['data_wait_share']:.1f} % waiting for data, "
-                  f"{measures['peak_memory_gib']:.1f} GiB, first step {measures['seconds_to_first_step']:.1f} s after the start"),
+        ("best", f"{score}; bicubic {bicubic} ({gain_db:+.2f} dB; {plan.config.validation.protocol})"),
+        ("speed", f"{measures['patches_per_s']:,.0f} patches/s, {measures['data_wait_share']:.1%} waiting for data"),
+        ("start", f"first step {measures['seconds_to_first_step']:.1f} s after the script's start"),
+        ("memory", f"{measures['peak_memory_gib']:.1f} GiB at most in rank 0's process"),
         ("checkpoint", best.uri),
         ("picture", store.uri_of(COMPARISON_KEY)),
-        ("MLflow run", f"{tracking.run_name}  {tracking.url}" if tracking is not None else "none: the server was not reachable"),
-        ("registered", f"{version.uri} ({version.name}@challenger)" if version is not None else
-                       f"no: run again with --resume --run.name {plan.config.run.name} when the tracking server is back"),
-    ]  # fmt: skip
+        ("MLflow run", f"{tracking.run_name}  {tracking.url}" if tracking else "none: the server was not reachable"),
+        (
+            "registered",
+            f"{version.uri} ({version.name}@challenger)" if version else f"no: when MLflow is back, {again}",
+        ),
+    ]
     if measures["undelivered_tracking_items"]:
-        rows.append(("WARNING", f"{measures['undelivered_tracking_items']:.0f} metrics or pictures did not reach MLflow"))
+        rows.append(
+            ("WARNING", f"{measures['undelivered_tracking_items']:.0f} metrics or pictures did not reach MLflow")
+        )
     return "\n".join(f"{name:<10}  {text}" for name, text in rows)
 
 
@@ -278,7 +292,7 @@ def _report(
 def _interruptible() -> Iterator[None]:
     """SIGTERM and Ctrl-C as Interrupted, so that the run is closed in MLflow and its user told how to go on."""
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int, _frame: object) -> None:
         raise Interrupted(signal.Signals(number).name)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,7 +1,7 @@
 """What one optimiser step is: the networks of a method, their optimisers, and how batches change them.
 
-The loop knows a method only by the `Learner` protocol. `PixelLearner` (one network, one pixel loss) serves EDSR and every other network
-that is trained that way; an adversarial method is another Learner.
+The loop knows a method only by the `Learner` protocol. `PixelLearner` (one network, one pixel loss) serves EDSR and
+every other network that is trained that way; an adversarial method is another Learner.
 """
 
 import copy
@@ -24,16 +24,20 @@ LOSSES = {"l1": nn.functional.l1_loss, "mse": nn.functional.mse_loss}
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss or a gradient became infinite or NaN on some worker; raised on every worker, before the optimiser's step."""
+    """A loss or a gradient became infinite or NaN on some worker; raised on every worker, before the optimiser's
+    step.
+    """
 
 
 class Learner(Protocol):
     """All tensors of a method. Every worker holds the same state after every step."""
 
     def step(self, batches: Sequence[Batch], *, learning_rate: float) -> dict[str, float]:
-        """One optimiser step from this worker's micro-batches (lr_NCHW, hr_NCHW, float32 in [0, 1]); losses averaged over workers.
+        """One optimiser step from this worker's micro-batches (lr_NCHW, hr_NCHW, float32 in [0, 1]); losses averaged
+        over workers.
 
-        Raises NonFiniteLossError, with the weights untouched."""
+        Raises NonFiniteLossError, with the weights untouched.
+        """
         ...
 
     def inference_network(self) -> nn.Module:
@@ -69,9 +73,10 @@ class PixelLearner:
         self._optimizer = make_optimizer(self.network, config, device)
         self._parallel: nn.Module = self.network
         if collective.world_size > 1:
-            # DDP regroups its buckets after the first backward pass, and with three and more workers the grouping decides the order in
-            # which a ring all-reduce adds. Looking for unused parameters keeps the first grouping, so that a resumed run adds in the
-            # same order as one that was never stopped. On CUDA sums are not repeatable anyway, and the regrouped buckets overlap better.
+            # DDP regroups its buckets after the first backward pass, and with three and more workers the grouping
+            # decides the order in which a ring all-reduce adds. Looking for unused parameters keeps the first grouping,
+            # so that a resumed run adds in the same order as one that was never stopped. On CUDA sums are not
+            # repeatable anyway, and the regrouped buckets overlap better.
             self._parallel = DistributedDataParallel(
                 self.network,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -87,7 +92,7 @@ class PixelLearner:
                 with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                     sr_NCHW = self._parallel(lr_NCHW)
                 loss = self._loss(sr_NCHW.float(), hr_NCHW) / len(batches)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         loss_value = float(self._collective.mean(total))
         norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
@@ -129,7 +134,9 @@ class PixelLearner:
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba 2015), or AdamW (Loshchilov & Hutter 2019) when weight_decay > 0; the learning rate is set at every step."""
+    """Adam (Kingma & Ba 2015), or AdamW (Loshchilov & Hutter 2019) when weight_decay > 0; the learning rate is set at
+    every step.
+    """
     kind = torch.optim.AdamW if config.weight_decay > 0 else torch.optim.Adam
     return kind(
         network.parameters(),
@@ -142,7 +149,9 @@ def make_optimizer(network: nn.Module, config: OptimConfig, device: torch.device
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's tensors as PARAMETER/ENTRY: names, not positions, so that a reordered module can't mix them up."""
+    """The optimiser's tensors as PARAMETER/ENTRY: names, not positions, so that a reordered module can't mix them
+    up.
+    """
     return {
         f"{name}/{entry}": value
         for name, parameter in network.named_parameters()
@@ -153,7 +162,9 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def load_optimizer_tensors(
     network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`; through load_state_dict, which moves each tensor to where its parameter is."""
+    """The inverse of `optimizer_tensors`; through load_state_dict, which moves each tensor to where its parameter
+    is.
+    """
     per_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")

@@ -6,7 +6,8 @@
         every validation interval:  scores → is it the best? → early stop?
         every checkpoint interval and after each validation:  everything → one atomic file
 
-It knows neither Ray nor MLflow: data, validation, storage and reporting reach it as arguments. Every worker runs it, in step.
+It knows neither Ray nor MLflow: data, validation, storage and reporting reach it as arguments. Every worker runs it, in
+step.
 """
 
 import time
@@ -31,6 +32,8 @@ class CheckpointWriteError(OSError):
 
 
 class BatchSource(Protocol):
+    """This worker's part of every batch, as `sr_data.patch_pool.PatchPool` gives it."""
+
     def batch(self, step: int, micro: int = 0, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -134,15 +137,18 @@ def train(
 ) -> Position:
     """Trains from `position` to the end of the budget (or an early stop) and returns where it ended.
 
-    `validate(network, step)` returns the same values on every worker, `plan.metric` among them. `meta` goes into each checkpoint beside
-    the position. Raises NonFiniteLossError, CheckpointWriteError, and whatever `source` and `validate` raise."""
+    `validate(network, step)` returns the same values on every worker, `plan.metric` among them. `meta` goes into each
+    checkpoint beside the position. Raises NonFiniteLossError, CheckpointWriteError, and whatever `source` and
+    `validate` raise.
+    """
     optim = plan.optim
     window = _Window()
     first_step = position.step + 1
     while position.step < optim.total_steps and not _stops_early(plan, position):
         patches_seen = plan.patches_at(position.step)
         learning_rate = learning_rate_at(plan.schedule, patches_seen=patches_seen, total_patches=optim.total_patches)
-        # A network with randomness of its own (dropout) draws the same numbers after a restart: no generator state to save.
+        # A network with randomness of its own (dropout) draws the same numbers after a restart: no generator state to
+        # save.
         torch.manual_seed((optim.seed << 40) ^ (position.step << 10) ^ collective.rank)
         asked_s = time.perf_counter()
         num_micro = optim.accumulation_steps
@@ -152,9 +158,7 @@ def train(
         window.add(values | {"learning_rate": learning_rate}, waited_s)
 
         step = position.step + 1
-        position = Position(
-            step=step, best=position.best, validations_without_gain=position.validations_without_gain
-        )
+        position = Position(step=step, best=position.best, validations_without_gain=position.validations_without_gain)
         validation_due = plan.is_due(plan.validation_interval_patches, step)
         checkpoint_due = validation_due or plan.is_due(plan.checkpoint_interval_patches, step)
         if step == first_step or checkpoint_due or window.elapsed_s >= plan.report_interval_s:

@@ -10,15 +10,15 @@ from sr_data.errors import DataError, StorageError
 from sr_data.manifest import ImageRecord, Manifest, load_manifest
 from sr_data.sampling import SamplePlan, slot_range
 from sr_data.storage import open_store
-from sr_models.architectures import architecture_name, macs_per_lr_pixel, num_parameters
+from sr_models.architectures import architecture_name
 from sr_train import checkpoint as ckpt
 from sr_train.config import ConfigError, TrainConfig
 from sr_train.run_folder import CONFIG_KEY, checkpoint_store
-from sr_train.tracking_server import TrackingError, check_tracking, redact, resolve_tracking_uri
+from sr_train.tracking_server import TrackingError, check_tracking, resolve_tracking_uri
 
 T = TypeVar("T")
 
-_GIB = 1024**3
+GIB = 1024**3
 _MIN_CPUS_FOR_DECODING = 0.5
 
 
@@ -74,7 +74,9 @@ def make_plan(
     progress: Callable[[int, int], None] | None = None,
     now: datetime | None = None,
 ) -> Plan:
-    """Checks data, storage, tracking and resources, and fills in what the config left open. PlanError lists all problems."""
+    """Checks data, storage, tracking and resources, and fills in what the config left open. PlanError lists all
+    problems.
+    """
     problems: list[str] = []
 
     def attempt(check: Callable[[], T], *errors: type[Exception]) -> T | None:
@@ -96,9 +98,7 @@ def make_plan(
         config, samples = _windowed(placed, train)
     except ConfigError as error:
         raise PlanError([str(error)]) from error
-    return Plan(
-        config=config, train=train, validation=validation, samples=samples, tracking_reachable=bool(reachable)
-    )
+    return Plan(config=config, train=train, validation=validation, samples=samples, tracking_reachable=bool(reachable))
 
 
 def _named(config: TrainConfig[Any], now: datetime) -> TrainConfig[Any]:
@@ -125,7 +125,8 @@ def _check_storage(config: TrainConfig[Any], *, resume: bool) -> bool:
         latest = ckpt.latest_key(checkpoint_store(store.uri))
         state = f"its newest checkpoint is {latest}" if latest else "it has no checkpoint yet"
         raise ConfigError(
-            f"run {config.run.name!r} exists at {store.uri} ({state}): go on with it by --resume, or choose another --run.name"
+            f"run {config.run.name!r} exists at {store.uri} ({state}): "
+            "go on with it by --resume, or choose another --run.name"
         )
     return True
 
@@ -154,13 +155,14 @@ def _placed(config: TrainConfig[Any], cluster: ClusterFacts) -> TrainConfig[Any]
         )
     cpus = run.cpus_per_worker
     if cpus is None:
-        # One CPU each if that leaves some for decoding, else an even share of what is left. Ray's CPUs are a reservation, not a limit.
+        # One CPU each if that leaves some for decoding, else an even share of what is left. Ray's CPUs are a
+        # reservation, not a limit.
         spare = cluster.num_cpus - _MIN_CPUS_FOR_DECODING
         cpus = 1.0 if spare >= workers else max(0.0, int(spare / workers * 100) / 100)
     if cpus <= 0 or cpus * workers + _MIN_CPUS_FOR_DECODING > cluster.num_cpus:
         raise ConfigError(
-            f"{workers} workers with {cpus:g} CPUs each, and {_MIN_CPUS_FOR_DECODING} for decoding, need more than the cluster's "
-            f"{cluster.num_cpus:g} CPUs: lower --run.num-workers or --run.cpus-per-worker"
+            f"{workers} workers with {cpus:g} CPUs each, and {_MIN_CPUS_FOR_DECODING} for decoding, need more than the "
+            f"cluster's {cluster.num_cpus:g} CPUs: lower --run.num-workers or --run.cpus-per-worker"
         )
     threads = run.threads_per_worker
     if threads is None:
@@ -171,9 +173,7 @@ def _placed(config: TrainConfig[Any], cluster: ClusterFacts) -> TrainConfig[Any]
     )
 
 
-def _train_manifest(
-    config: TrainConfig[Any], *, cache: bool, progress: Callable[[int, int], None] | None
-) -> Manifest:
+def _train_manifest(config: TrainConfig[Any], *, cache: bool, progress: Callable[[int, int], None] | None) -> Manifest:
     data = config.data
     return load_manifest(
         data.uri,
@@ -216,14 +216,14 @@ def _windowed(config: TrainConfig[Any], train: Manifest) -> tuple[TrainConfig[An
     num_images = len(train.images)
     window = config.data.window_images
     if window is None:
-        budget = config.data.pool_gib * _GIB
+        budget = config.data.pool_gib * GIB
         whole = _samples(config, num_images, num_images)
-        if _largest_shard_bytes(config, whole, train) <= budget:
+        if largest_shard_bytes(config, whole, train) <= budget:
             window = num_images
         else:
             slot = max(_pair_bytes(record, config.model.scale) for record in train.images)
-            # A worker's slots overlap its neighbours' by at most one on each side.
-            window = (int(budget // slot) - 2) * config.run.num_workers
+            # A worker's slots overlap its neighbours' by one on each side, and its pool keeps four places for images to come.
+            window = (int(budget // slot) - 2 - 4) * config.run.num_workers
     window = min(window, num_images)
     if window < config.run.num_workers:
         raise ConfigError(
@@ -251,67 +251,9 @@ def _pair_bytes(record: ImageRecord, scale: int) -> int:
     return hr + hr // (scale * scale)
 
 
-def _largest_shard_bytes(config: TrainConfig[Any], samples: SamplePlan, train: Manifest) -> int:
+def largest_shard_bytes(config: TrainConfig[Any], samples: SamplePlan, train: Manifest) -> int:
+    """Decoded bytes that one worker holds at most."""
     batch = samples.global_batch_size // config.run.num_workers
     longest = max(len(slot_range(samples, rank * batch, batch)) for rank in range(config.run.num_workers))
     sizes = sorted((_pair_bytes(record, samples.scale) for record in train.images), reverse=True)
     return sum(sizes[:longest])
-
-
-def describe(plan: Plan) -> str:
-    """The plan for a person, a line per fact."""
-    config, train, validation = plan.config, plan.train, plan.validation
-    optim, run, data = config.optim, config.run, config.data
-    steps = optim.total_steps
-    parameters = num_parameters(config.model)
-    patch_px_lr = data.patch_px_hr // config.model.scale
-    flops_per_patch = 6 * macs_per_lr_pixel(config.model) * patch_px_lr**2  # forward and twice that backward; 2 per multiply-add
-    window = (
-        f"all {len(train.images)} images at once"
-        if plan.samples.window_images >= len(train.images)
-        else f"{plan.samples.window_images} of {len(train.images)} images at once, one replaced every "
-        f"{data.window_reuse_patches} patches"
-    )
-    weights_mib = parameters * 4 * (5 if optim.ema_decay else 4) / 1024**2
-    rows = [
-        ("run", f"{run.name} in {plan.run_uri}"),
-        ("model", f"{architecture_name(config.model)} x{config.model.scale}, {parameters:,} parameters"),
-        ("training set", _dataset_line(train)),
-        ("validation set", _dataset_line(validation)),
-        ("budget", f"{optim.total_patches:,} patches = {steps:,} steps of {optim.global_batch_size} patches"),
-        ("patch", f"{data.patch_px_hr}² HR, {patch_px_lr}² LR px; {flops_per_patch / 1e9:.2f} GFLOP each, "
-                  f"{flops_per_patch * optim.total_patches / 1e15:.2f} PFLOP in all"),
-        ("workers", f"{run.num_workers} on {run.device}, {run.cpus_per_worker:g} CPUs and {run.threads_per_worker} threads each"),
-        ("feed", window),
-        ("memory of a worker", f"{_largest_shard_bytes(config, plan.samples, train) / _GIB:.2f} GiB of images, "
-                               f"{weights_mib:.0f} MiB of weights, gradients and optimiser; activations not counted"),
-        ("tracking", f"{redact(config.tracking.uri or '')}, experiment {config.tracking.experiment!r}"
-                     + ("" if plan.tracking_reachable else "; NOT REACHABLE, training goes on without it")),
-        ("registers", f"{config.tracking.register_as}@challenger"),
-    ]  # fmt: skip
-    if steps * optim.global_batch_size != optim.total_patches:
-        rows.insert(
-            5, ("rounding", f"the last step is whole, so {steps * optim.global_batch_size:,} patches will be seen")
-        )
-    if run.cost_per_hour is not None:
-        hours = optim.total_patches / 1000 / 3600
-        rows.append(
-            ("cost", f"{run.cost_per_hour * hours:.2f} at 1,000 patches/s ({hours:.2f} h at {run.cost_per_hour:g} per hour)")
-        )
-    shared = {record.hr_sha256 for record in train.images} & {record.hr_sha256 for record in validation.images}
-    if shared:
-        rows.append(("WARNING", f"{len(shared)} validation images are training images too: scores will flatter"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
-
-
-def _dataset_line(manifest: Manifest) -> str:
-    pixels = sum(record.width * record.height for record in manifest.images) / 1e6
-    shipped = sum(record.lr_key is not None for record in manifest.images)
-    made = len(manifest.images) - shipped
-    lr = "LR shipped" if not made else "LR by MATLAB bicubic" if not shipped else f"LR shipped for {shipped}, made for {made}"
-    decisions = "".join(f"; {name}: {count}" for name, count in manifest.decisions.items())
-    return (
-        f"{manifest.uri} [{manifest.split}], {manifest.layout} layout: {len(manifest.images)} images, {pixels:.1f} Mpx, {lr}, "
-        f"fingerprint {manifest.fingerprint}{decisions}"
-    )

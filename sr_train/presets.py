@@ -16,7 +16,9 @@ _PAPER_LR_PATCH_PX = 48
 
 
 def _edsr_small() -> TrainConfig[EDSRConfig]:
-    """A minute on two CPU cores: x2, because there even a small network beats bicubic clearly on four training photos."""
+    """A minute on two CPU cores: x2, because there even a small network beats bicubic clearly on four training
+    photos.
+    """
     total = 16 * 600
     return TrainConfig(
         model=EDSRConfig(scale=2, num_blocks=4, num_channels=24),
@@ -30,9 +32,12 @@ def _edsr_small() -> TrainConfig[EDSRConfig]:
 
 
 def _edsr_paper(model: EDSRConfig) -> TrainConfig[EDSRConfig]:
-    """Lim et al. 2017, section 4.2: 48² LR patches in batches of 16, L1, Adam (0.9, 0.999, 1e-8), 1e-4 halved every 200,000 updates.
+    """Lim et al. 2017, section 4.2: 48² LR patches in batches of 16, L1, Adam (0.9, 0.999, 1e-8), 1e-4 halved every
+    200,000 updates.
 
-    300,000 updates, as in the authors' code; validated on 0801-0810, RGB, cropped by scale + 6, as there. `data.uri` must be given."""
+    300,000 updates, as in the authors' code; validated on 0801-0810, RGB, cropped by scale + 6, as there. `data.uri`
+    must be given.
+    """
     return TrainConfig(
         model=model,
         data=DataConfig(uri="", patch_px_hr=_PAPER_LR_PATCH_PX * model.scale),

@@ -1,9 +1,12 @@
 """A plan on a Ray cluster: workers that start, fail, come back, and what the driver hears of them.
 
-Ray Train brings the workers up, joins them in a process group, and starts them again when one is lost. Position and weights come from
-the run's own checkpoints (docs/decisions/0002), images from Ray Data inside each worker (docs/decisions/0003).
+Ray Train brings the workers up, joins them in a process group, and starts them again when one is lost. Position and
+weights come from the run's own checkpoints (docs/decisions/0002), images from Ray Data inside each worker
+(docs/decisions/0003).
 """
 
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from sr_data.errors import DataError, StorageError
@@ -22,8 +25,8 @@ from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair
 from sr_data.ray_source import stream_pairs
 from sr_train.config import TrainConfig
-from sr_train.loop import CheckpointWriteError, Position
 from sr_train.learner import NonFiniteLossError
+from sr_train.loop import CheckpointWriteError, Position
 from sr_train.plan import ClusterFacts, Plan
 from sr_train.worker import Job, StreamPairs, run_worker
 
@@ -40,6 +43,8 @@ Message = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
+    """How training ended, and what it cost."""
+
     position: Position
     measures: Mapping[str, float]
     """What training cost on rank 0, by name with unit."""
@@ -62,19 +67,27 @@ def _stream(
 
 def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names or that runs on this machine; else starts one here, for this process."""
+    os.environ.setdefault(
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
+    )  # how soon the end of training, or a loss, is seen
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else what a worker prints is shown twice
     if not ray.is_initialized():
-        ray.init(log_to_driver=True, logging_level="WARNING", include_dashboard=False)
+        # The dashboard serves the State API, by which Ray Train's clean-up actor sees that the controller lives:
+        # without it, it once took a live run's workers away. Ray's own warnings are about clusters that others run;
+        # errors are shown.
+        ray.init(logging_level=logging.ERROR, include_dashboard=True)
 
 
 def cluster_facts() -> ClusterFacts:
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """CPUs and GPUs of the nodes that are alive."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
     return ClusterFacts(
         cpus_per_node=tuple(float(resources.get("CPU", 0)) for resources in alive),
         gpus_per_node=tuple(float(resources.get("GPU", 0)) for resources in alive),
     )
 
 
-@ray.remote(num_cpus=0, max_concurrency=4)
 class Mailbox:
     """What workers tell the driver. It outlives them, so it also knows whether an error is not worth another try."""
 
@@ -118,10 +131,11 @@ class _Relay(threading.Thread):
 def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitResult:
     """Trains on the cluster until the budget ends. Lost workers are replaced `run.max_failures` times.
 
-    `on_message` is called in a thread of the driver with what rank 0 sends: ("progress" | "validation" | "checkpoint" | "start", values).
-    Raises TrainingFailedError."""
+    `on_message` is called in a thread of the driver with what rank 0 sends: ("progress" | "validation" | "checkpoint" |
+    "start", values). Raises TrainingFailedError.
+    """
     run = plan.config.run
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     starts = 0
 
     def handle(message: Message) -> None:
@@ -132,7 +146,7 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
     relay = _Relay(mailbox, handle)
     relay.start()
     trainer = TorchTrainer(
-        _ray_worker,
+        _ray_worker,  # type: ignore[arg-type]  # Ray's stubs are those of Ray Train V1, here and below
         train_loop_config={"job": job, "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=run.num_workers,
@@ -144,6 +158,7 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
             name=run.name,
             storage_path=mkdtemp(prefix="sr-ray-train-"),
             failure_config=FailureConfig(max_failures=run.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
     try:
@@ -152,9 +167,11 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
         raise TrainingFailedError(_reason(mailbox, error)) from error
     finally:
         relay.stop()
-    outcome = result.return_value
+    outcome = result.return_value  # type: ignore[attr-defined]
     if not isinstance(outcome, dict) or "error" in outcome:
-        raise TrainingFailedError(outcome["error"] if isinstance(outcome, dict) else f"no result came back: {outcome!r}")
+        raise TrainingFailedError(
+            outcome["error"] if isinstance(outcome, dict) else f"no result came back: {outcome!r}"
+        )
     return FitResult(
         position=Position.from_meta(outcome["position"]), measures=outcome["measures"], num_restarts=max(0, starts - 1)
     )
@@ -187,7 +204,9 @@ def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
         position, measures = run_worker(job, device=ray.train.torch.get_device(), send=send)
     except (NonFiniteLossError, CheckpointWriteError, DataError, StorageError) as error:
         ray.get(mailbox.set_fatal.remote(f"{type(error).__name__}: {error}"))
-        if isinstance(error, (NonFiniteLossError, CheckpointWriteError)):  # raised on every worker: all end here, in step
+        if isinstance(
+            error, (NonFiniteLossError, CheckpointWriteError)
+        ):  # raised on every worker: all end here, in step
             return {"error": str(error)}
         raise  # on this worker only: its failure makes Ray end the others, which wait for it
     return {"position": position.to_meta(), "measures": measures}

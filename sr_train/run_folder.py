@@ -12,9 +12,6 @@ COMPARISON_KEY = "comparison.png"
 """LR, bicubic, SR and HR of a validation image, by the best checkpoint."""
 
 
-def run_store(storage: str, name: str) -> Store:
-    return open_store(f"{storage.rstrip('/')}/{name}")
-
-
 def checkpoint_store(run_uri: str) -> Store:
+    """Where a run's checkpoints lie."""
     return open_store(f"{run_uri}/checkpoints")

@@ -8,9 +8,9 @@ from sr_train.config import ScheduleConfig
 def learning_rate_at(schedule: ScheduleConfig, *, patches_seen: int, total_patches: int) -> float:
     """Learning rate of the step that starts after `patches_seen` of `total_patches`.
 
-    step: EDSR's (Lim et al. 2017, section 4.2) halving at fixed intervals, counted from the start of the run. cosine: Loshchilov &
-    Hutter 2017 (one period, no restart). one-cycle: Smith & Topin 2018, cosine-shaped rise and fall. Past the budget the final
-    value holds.
+    step: EDSR's (Lim et al. 2017, section 4.2) halving at fixed intervals, counted from the start of the run. cosine:
+    Loshchilov & Hutter 2017 (one period, no restart). one-cycle: Smith & Topin 2018, cosine-shaped rise and fall. Past
+    the budget the final value holds.
     """
     peak, warmup = schedule.learning_rate, schedule.warmup_patches
     if patches_seen < warmup:

@@ -1,4 +1,6 @@
-"""Validation inside a run: this worker's share of the images, the model's score beside bicubic's, and pictures of both."""
+"""Validation inside a run: this worker's share of the images, the model's score beside bicubic's, and pictures of
+both.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +20,16 @@ from sr_train.validation import SetScore, Upscale, validate_distributed
 
 
 class OnPicture(Protocol):
+    """Receives a picture."""
+
     def __call__(self, name: str, image_HWC: np.ndarray, *, step: int) -> None:
         """An image's name, and LR | bicubic | SR | HR side by side, uint8."""
 
 
 class Validator:
-    """Scores a network on a set that the workers share out, image by image. Called by every worker, at the same steps."""
+    """Scores a network on a set that the workers share out, image by image. Called by every worker, at the same
+    steps.
+    """
 
     def __init__(
         self,
@@ -39,11 +45,16 @@ class Validator:
         self._manifest, self._config, self._collective = manifest, config, collective
         self._num_pictures, self._on_picture = num_pictures, on_picture
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="validation-images")
-        self._pairs: Future[list[DecodedPair]] = self._thread.submit(lambda: list(load(manifest)))
+        # Copies: what comes from Ray Data are read-only views that keep its shared memory from being freed.
+        self._pairs: Future[list[DecodedPair]] = self._thread.submit(
+            lambda: [DecodedPair(pair.name, pair.hr_HWC.copy(), pair.lr_HWC.copy()) for pair in load(manifest)]
+        )
         self._bicubic: SetScore | None = None
 
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
-        """psnr_db and ssim of the network (in eval mode) and of bicubic, the same on every worker; pictures of the first images."""
+        """psnr_db and ssim of the network (in eval mode) and of bicubic, the same on every worker; pictures of the
+        first images.
+        """
         scale, pairs = self._manifest.scale, self._pairs.result()
         if self._bicubic is None:
             self._bicubic = self._score(lambda lr_HWC: upscale_bicubic(lr_HWC, scale))

@@ -1,5 +1,8 @@
-"""One training worker: from a job description to the end of the loop. It knows PyTorch and the process group, not Ray."""
+"""One training worker: from a job description to the end of the loop. It knows PyTorch and the process group, not
+Ray.
+"""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,15 +49,21 @@ class Job:
 
 
 def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position, dict[str, float]]:
-    """Goes on from the run's newest checkpoint, or begins, and trains to the end. Returns where it ended, and what it cost.
+    """Goes on from the run's newest checkpoint, or begins, and trains to the end. Returns where it ended, and what it
+    cost.
 
-    `send` tells the driver something, and does nothing but on rank 0."""
+    `send` tells the driver something, and does nothing but on rank 0.
+    """
     config = job.config
     collective = Collective.of_process_group()
     if device.type == "cpu":
         torch.set_num_threads(config.run.threads_per_worker or 1)
     learner = PixelLearner(
-        _initial_network(job), config.optim, device=device, precision=precision_of(config, device), collective=collective
+        _initial_network(job),
+        config.optim,
+        device=device,
+        precision=precision_of(config, device),
+        collective=collective,
     )
     store = checkpoint_store(job.run_uri)
     key = collective.first(ckpt.latest_key(store) if collective.rank == 0 else None)
@@ -63,7 +72,8 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
         saved = ckpt.read_checkpoint(store, key)
         learner.load_state(saved.tensors)
         position = Position.from_meta(saved.meta)
-    send("start", {"step": position.step, "checkpoint": key, "device": str(device)})
+    pids = collective.gather(os.getpid())
+    send("start", {"step": position.step, "checkpoint": key, "device": str(device), "pids": pids})
 
     tracker = None
     if job.tracking is not None and collective.rank == 0:
@@ -146,12 +156,14 @@ def _validator(job: Job, observer: RunObserver, collective: Collective) -> Valid
 
 
 def precision_of(config: TrainConfig[Any], device: torch.device) -> str:
+    """ "bf16" or "float32": what `optim.precision` means on this device."""
     if config.optim.precision != "auto":
         return config.optim.precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
 def loop_plan(config: TrainConfig[Any]) -> LoopPlan:
+    """The loop's part of the config."""
     return LoopPlan(
         optim=config.optim,
         schedule=config.schedule,

@@ -57,7 +57,9 @@ def test_every_parameter_gets_a_gradient() -> None:
 def test_clipping_bounds_the_gradient_that_adam_sees() -> None:
     ours = learner(OptimConfig(clip_grad_norm=1e-3))
     reported = ours.step([patches(4)], learning_rate=1e-3)["grad_norm"]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in ours.network.parameters() if parameter.grad is not None])
+    norm = nn.utils.get_total_norm(
+        [parameter.grad for parameter in ours.network.parameters() if parameter.grad is not None]
+    )
     assert reported > 1e-3
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 

@@ -157,7 +157,9 @@ def test_a_bad_loss_stops_before_the_weights_change(tmp_path: Path) -> None:
                 hr_NCHW[0, 0, 0, 0] = torch.nan
             return lr_NCHW, hr_NCHW
 
-    _, after_two_steps, _ = run(loop_plan(total_steps=2, schedule=ScheduleConfig(kind="constant")), open_store(str(tmp_path / "a")))
+    _, after_two_steps, _ = run(
+        loop_plan(total_steps=2, schedule=ScheduleConfig(kind="constant")), open_store(str(tmp_path / "a"))
+    )
     plan = loop_plan(total_steps=5, schedule=ScheduleConfig(kind="constant"))
     learner = new_learner(plan.optim)
     with pytest.raises(NonFiniteLossError, match="loss nan"):

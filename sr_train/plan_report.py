@@ -1,0 +1,94 @@
+"""A plan for a person to read, a line per fact."""
+
+from sr_data.manifest import Manifest
+from sr_models.architectures import architecture_name, macs_per_lr_pixel, num_parameters
+from sr_train.plan import GIB, Plan, largest_shard_bytes
+from sr_train.tracking_server import redact
+
+_NOMINAL_PATCHES_PER_S = 1_000
+
+
+def describe(plan: Plan) -> str:
+    """What would happen, and every decision that was taken about the data."""
+    rows = [*_what(plan), *_how(plan), *_notes(plan)]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _what(plan: Plan) -> list[tuple[str, str]]:
+    config, optim = plan.config, plan.config.optim
+    patch_px_lr = config.data.patch_px_hr // config.model.scale
+    # 2 operations per multiply-add, and backward costs twice what forward does.
+    flops_per_patch = 2 * 3 * macs_per_lr_pixel(config.model) * patch_px_lr**2
+    size = f"{config.data.patch_px_hr}² HR, {patch_px_lr}² LR px"
+    total = optim.total_steps * optim.global_batch_size
+    rounding = f" ({total:,}, as the last step is whole)" if total != optim.total_patches else ""
+    budget = f"{optim.total_patches:,} patches{rounding} = {optim.total_steps:,} steps of {optim.global_batch_size}"
+    return [
+        ("run", f"{config.run.name} in {plan.run_uri}"),
+        ("model", f"{_model_name(plan)}, {num_parameters(config.model):,} parameters"),
+        ("training set", _dataset_line(plan.train)),
+        ("validation set", _dataset_line(plan.validation)),
+        ("budget", budget),
+        ("patch", f"{size}; {_si(flops_per_patch)}FLOP each, {_si(flops_per_patch * total)}FLOP in all"),
+    ]
+
+
+def _how(plan: Plan) -> list[tuple[str, str]]:
+    config, run, data = plan.config, plan.config.run, plan.config.data
+    num_images, window = len(plan.train.images), plan.samples.window_images
+    feed = f"all {num_images} images at once"
+    if window < num_images:
+        feed = f"{window} of {num_images} images at once, one replaced every {data.window_reuse_patches} patches"
+    copies = 5 if config.optim.ema_decay else 4  # weights, gradients, Adam's two moments, moving average
+    weights_mib = num_parameters(config.model) * 4 * copies / 1024**2
+    images_gib = largest_shard_bytes(config, plan.samples, plan.train) / GIB
+    offline = "" if plan.tracking_reachable else "; NOT REACHABLE, training goes on without it"
+    return [
+        ("workers", f"{run.num_workers} on {run.device}, each {run.cpus_per_worker:g} CPUs, {run.threads_per_worker} threads"),
+        ("feed", feed),
+        ("memory", f"{images_gib:.2f} GiB of images and {weights_mib:.0f} MiB of weights, gradients and optimiser per worker, "
+                   "activations not counted"),
+        ("tracking", f"{redact(config.tracking.uri or '')}, experiment {config.tracking.experiment!r}{offline}"),
+        ("registers", f"{config.tracking.register_as}@challenger"),
+    ]  # fmt: skip
+
+
+def _notes(plan: Plan) -> list[tuple[str, str]]:
+    rows = []
+    if (price := plan.config.run.cost_per_hour) is not None:
+        hours = plan.config.optim.total_patches / _NOMINAL_PATCHES_PER_S / 3600
+        rows.append(
+            ("cost", f"{price * hours:.2f} at {_NOMINAL_PATCHES_PER_S:,} patches/s ({hours:.2f} h at {price:g})")
+        )
+    trained_on = {record.hr_sha256 for record in plan.train.images}
+    shared = trained_on & {record.hr_sha256 for record in plan.validation.images}
+    if shared:
+        rows.append(("WARNING", f"{len(shared)} validation images are training images too: scores will flatter"))
+    left_out = [*plan.train.left_out, *plan.validation.left_out]
+    rows += [("left out", reason) for reason in left_out[:10]]
+    if len(left_out) > 10:
+        rows.append(("left out", f"and {len(left_out) - 10} more"))
+    return rows
+
+
+def _model_name(plan: Plan) -> str:
+    return f"{architecture_name(plan.config.model)} x{plan.config.model.scale}"
+
+
+def _dataset_line(manifest: Manifest) -> str:
+    pixels = sum(record.width * record.height for record in manifest.images) / 1e6
+    decisions = "".join(f"; {name}: {count}" for name, count in manifest.decisions.items())
+    return (
+        f"{manifest.uri} [{manifest.split}], {manifest.layout} layout: {len(manifest.images)} images, {pixels:.1f} Mpx, "
+        f"fingerprint {manifest.fingerprint}{decisions}"
+    )
+
+
+def _si(value: float) -> str:
+    """A number with three digits and its SI prefix: 1.52 G."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:,.3g} E"
