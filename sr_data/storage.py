@@ -62,7 +62,7 @@ class Store:
 
         A folder that does not exist lists as empty, as it does on S3; a missing bucket is a StorageError.
         """
-        return _backend(self.uri).list(prefix)
+        return _backend(self.uri).list(_checked(self.uri, prefix) if prefix else "")
 
     def read(self, key: str) -> bytes:
         """The whole file. What arrives shorter than announced is fetched again."""

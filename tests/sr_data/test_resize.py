@@ -35,7 +35,7 @@ def test_reproduces_the_official_lr_file_of_div2k_bit_for_bit(shared_data: Path)
 
 @pytest.mark.parametrize(("scale", "expected_db"), [(2, 33.66), (3, 30.39), (4, 28.42)])
 def test_upscale_gives_the_published_bicubic_psnr_of_set5(shared_data: Path, scale: int, expected_db: float) -> None:
-    """33.66 / 30.39 / 28.42 dB: table 2 of the EDSR paper and others; Y of BT.601, `scale` pixels of border left out."""
+    """33.66 / 30.39 / 28.42 dB: table 2 of the EDSR paper and others; BT.601 Y, `scale` border pixels left out."""
 
     def luma(image_HWC: NDArray[np.uint8]) -> NDArray[np.float64]:
         y = image_HWC / 255.0 @ np.array([65.481, 128.553, 24.966]) + 16.0

@@ -83,7 +83,8 @@ def test_a_missing_key_is_named_and_has_its_errno(store: Store) -> None:
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../../up"])
 def test_a_key_never_leaves_the_store(store: Store, key: str) -> None:
-    for use in (store.read, store.exists, store.delete, lambda key: store.write(key, b"")):
+    uses = [store.read, store.exists, store.delete, lambda key: store.write(key, b"")]
+    for use in uses + [store.list] * bool(key):
         with pytest.raises(StorageError, match="not a key below it"):
             use(key)
 
