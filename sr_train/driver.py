@@ -35,11 +35,11 @@ from sr_train.progress import Progress, ProgressUpdate
 from sr_train.ray_run import FitResult, Message, TrainingFailedError, cluster_facts, connect, fit, image_stream
 from sr_train.run_facts import run_facts
 from sr_train.run_folder import COMPARISON_KEY, CONFIG_KEY, RESULT_KEY, TRACKING_KEY, checkpoint_store
-from sr_train.tracking import RunHandle, Status, finish_run, start_run
+from sr_train.tracking import RunHandle, Status, finish_run, replay_spool, start_run
 from sr_train.tracking_server import TrackingError
 from sr_train.upscaler import UpscalerError, open_network
 from sr_train.validator import side_by_side
-from sr_train.worker import Job
+from sr_train.worker import SPOOL, Job
 
 USER_ERRORS = (ConfigError, PlanError, DataError, StorageError, ModelError, ckpt.CheckpointError, TrackingError,
                TrainingFailedError, UpscalerError)  # fmt: skip
@@ -138,7 +138,7 @@ def _init_state(plan: Plan) -> Mapping[str, torch.Tensor] | None:
     source = plan.config.checkpoint.init_from
     if source is None:
         return None
-    origin = open_network(source, tracking_uri=plan.config.tracking.uri)
+    origin = open_network(source, tracking_uri=plan.tracking_uri)
     network = build_model(plan.config.model, seed=plan.config.optim.seed)
     report = load_matching(network, origin.state_dict(), config=origin.config)
     fresh = f", {len(report.fresh)} newly initialised" if report.fresh else ""
@@ -154,7 +154,7 @@ def _start_tracking(plan: Plan, store: Store) -> RunHandle | None:
     previous = json.loads(store.read_text(TRACKING_KEY)) if store.exists(TRACKING_KEY) else {}
     same_server = previous.get("tracking_uri") == plan.config.tracking.uri
     handle = start_run(
-        tracking_uri=plan.config.tracking.uri or "",
+        tracking_uri=plan.tracking_uri,
         experiment=plan.config.tracking.experiment,
         run_name=plan.config.run.name or "",
         params=flatten(config),
@@ -168,15 +168,20 @@ def _start_tracking(plan: Plan, store: Store) -> RunHandle | None:
         texts={"config.json": json.dumps(config, indent=2), "plan.txt": describe(plan)},
         run_id=previous["run_id"] if same_server else None,
     )
-    store.write(TRACKING_KEY, json.dumps({"tracking_uri": handle.tracking_uri, "run_id": handle.run_id}).encode())
+    store.write(TRACKING_KEY, json.dumps({"tracking_uri": plan.config.tracking.uri, "run_id": handle.run_id}).encode())
     return handle
 
 
 def _finish(tracking: RunHandle, status: Status) -> None:
+    """Sends what workers on this machine could not, and ends the MLflow run; a server that is away costs a warning."""
     try:
-        finish_run(tracking, status)
+        unsent = replay_spool(tracking, SPOOL)
+        finish_run(tracking, status, spool=SPOOL)
     except TrackingError as error:
         print(f"warning: the MLflow run stays open: {error}", file=sys.stderr, flush=True)
+    else:
+        if unsent:
+            print(f"warning: {unsent} metrics or pictures did not reach MLflow", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,10 +286,6 @@ def _report(
             f"{version.uri} ({version.name}@challenger)" if version else f"no: when MLflow is back, {again}",
         ),
     ]
-    if measures["undelivered_tracking_items"]:
-        rows.append(
-            ("WARNING", f"{measures['undelivered_tracking_items']:.0f} metrics or pictures did not reach MLflow")
-        )
     return "\n".join(f"{name:<10}  {text}" for name, text in rows)
 
 

@@ -1,7 +1,7 @@
 """Config → what would happen, and what stands against it: everything that can be known before a GPU is asked for."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from sr_models.architectures import architecture_name
 from sr_train import checkpoint as ckpt
 from sr_train.config import ConfigError, TrainConfig
 from sr_train.run_folder import CONFIG_KEY, checkpoint_store
-from sr_train.tracking_server import TrackingError, check_tracking, resolve_tracking_uri
+from sr_train.tracking_server import TrackingError, check_tracking, redact, resolve_tracking_uri
 
 T = TypeVar("T")
 
@@ -55,7 +55,10 @@ class Plan:
     train: Manifest
     validation: Manifest
     samples: SamplePlan
+    tracking_uri: str
+    """Where the run is tracked. It may hold a password, so the config, which is saved and shown, has it without."""
     tracking_reachable: bool
+    warnings: tuple[str, ...]
 
     @property
     def run_uri(self) -> str:
@@ -86,9 +89,10 @@ def make_plan(
             problems.append(str(error))
             return None
 
-    config = _named(config, now or datetime.now())
+    tracking_uri = resolve_tracking_uri(config.tracking.uri)
+    config = _named(config, redact(tracking_uri), now or datetime.now())
     storage_ok = attempt(lambda: _check_storage(config, resume=resume), StorageError, ConfigError)
-    reachable = attempt(lambda: _check_tracking(config), TrackingError)
+    reachable = attempt(lambda: _check_tracking(config, tracking_uri), TrackingError)
     placed = attempt(lambda: _placed(config, cluster), ConfigError)
     train = attempt(lambda: _train_manifest(config, cache=bool(storage_ok), progress=progress), DataError, StorageError)
     validation = attempt(lambda: _validation_manifest(config, cache=bool(storage_ok)), DataError, StorageError)
@@ -98,16 +102,37 @@ def make_plan(
         config, samples = _windowed(placed, train)
     except ConfigError as error:
         raise PlanError([str(error)]) from error
-    return Plan(config=config, train=train, validation=validation, samples=samples, tracking_reachable=bool(reachable))
+    return Plan(
+        config=config,
+        train=train,
+        validation=validation,
+        samples=samples,
+        tracking_uri=tracking_uri,
+        tracking_reachable=bool(reachable),
+        warnings=tuple(_warnings(config, cluster, train, validation)),
+    )
 
 
-def _named(config: TrainConfig[Any], now: datetime) -> TrainConfig[Any]:
+def _warnings(config: TrainConfig[Any], cluster: ClusterFacts, train: Manifest, validation: Manifest) -> Iterator[str]:
+    shared = {record.hr_sha256 for record in train.images} & {record.hr_sha256 for record in validation.images}
+    if shared:
+        yield f"{len(shared)} validation images are training images too: scores will flatter"
+    if len(cluster.cpus_per_node) > 1:
+        places = {"--run.storage": config.run.storage, "--data.uri": train.uri, "--validation.uri": validation.uri}
+        for flag, uri in places.items():
+            if "://" not in uri:
+                yield f"{uri} must be the same folder on all {len(cluster.cpus_per_node)} nodes ({flag})"
+        if (config.tracking.uri or "").startswith("sqlite:"):
+            yield f"{config.tracking.uri} must be the same file on all nodes; use an MLflow server (--tracking.uri)"
+
+
+def _named(config: TrainConfig[Any], tracking_uri: str, now: datetime) -> TrainConfig[Any]:
     kind = f"{architecture_name(config.model)}-x{config.model.scale}"
     storage = open_store(config.run.storage).uri
     name = config.run.name or f"{kind}-{now:%Y%m%d-%H%M%S}"
     tracking = dataclasses.replace(
         config.tracking,
-        uri=resolve_tracking_uri(config.tracking.uri),
+        uri=tracking_uri,
         register_as=config.tracking.register_as or kind,
     )
     run = dataclasses.replace(config.run, name=name, storage=storage)
@@ -131,9 +156,9 @@ def _check_storage(config: TrainConfig[Any], *, resume: bool) -> bool:
     return True
 
 
-def _check_tracking(config: TrainConfig[Any]) -> bool:
+def _check_tracking(config: TrainConfig[Any], tracking_uri: str) -> bool:
     try:
-        check_tracking(config.tracking.uri or "")
+        check_tracking(tracking_uri)
     except TrackingError:
         if config.tracking.allow_offline:
             return False
@@ -222,7 +247,7 @@ def _windowed(config: TrainConfig[Any], train: Manifest) -> tuple[TrainConfig[An
             window = num_images
         else:
             slot = max(_pair_bytes(record, config.model.scale) for record in train.images)
-            # A worker's slots overlap its neighbours' by one on each side, and its pool keeps four places for images to come.
+            # A worker's slots overlap its neighbours' by one on each side; four places are for images to come.
             window = (int(budget // slot) - 2 - 4) * config.run.num_workers
     window = min(window, num_images)
     if window < config.run.num_workers:

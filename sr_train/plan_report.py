@@ -3,7 +3,6 @@
 from sr_data.manifest import Manifest
 from sr_models.architectures import architecture_name, macs_per_lr_pixel, num_parameters
 from sr_train.plan import GIB, Plan, largest_shard_bytes
-from sr_train.tracking_server import redact
 
 _NOMINAL_PATCHES_PER_S = 1_000
 
@@ -44,14 +43,15 @@ def _how(plan: Plan) -> list[tuple[str, str]]:
     weights_mib = num_parameters(config.model) * 4 * copies / 1024**2
     images_gib = largest_shard_bytes(config, plan.samples, plan.train) / GIB
     offline = "" if plan.tracking_reachable else "; NOT REACHABLE, training goes on without it"
+    memory = f"{images_gib:.2f} GiB of images, {weights_mib:.0f} MiB of weights, gradients and optimiser"
+    cpus = f"{run.cpus_per_worker:g} CPUs and {run.threads_per_worker} threads"
     return [
-        ("workers", f"{run.num_workers} on {run.device}, each {run.cpus_per_worker:g} CPUs, {run.threads_per_worker} threads"),
+        ("workers", f"{run.num_workers} on {run.device}, each with {cpus}"),
         ("feed", feed),
-        ("memory", f"{images_gib:.2f} GiB of images and {weights_mib:.0f} MiB of weights, gradients and optimiser per worker, "
-                   "activations not counted"),
-        ("tracking", f"{redact(config.tracking.uri or '')}, experiment {config.tracking.experiment!r}{offline}"),
+        ("memory", f"{memory} per worker; activations not counted"),
+        ("tracking", f"{config.tracking.uri}, experiment {config.tracking.experiment!r}{offline}"),
         ("registers", f"{config.tracking.register_as}@challenger"),
-    ]  # fmt: skip
+    ]
 
 
 def _notes(plan: Plan) -> list[tuple[str, str]]:
@@ -61,10 +61,7 @@ def _notes(plan: Plan) -> list[tuple[str, str]]:
         rows.append(
             ("cost", f"{price * hours:.2f} at {_NOMINAL_PATCHES_PER_S:,} patches/s ({hours:.2f} h at {price:g})")
         )
-    trained_on = {record.hr_sha256 for record in plan.train.images}
-    shared = trained_on & {record.hr_sha256 for record in plan.validation.images}
-    if shared:
-        rows.append(("WARNING", f"{len(shared)} validation images are training images too: scores will flatter"))
+    rows += [("WARNING", warning) for warning in plan.warnings]
     left_out = [*plan.train.left_out, *plan.validation.left_out]
     rows += [("left out", reason) for reason in left_out[:10]]
     if len(left_out) > 10:
@@ -79,10 +76,9 @@ def _model_name(plan: Plan) -> str:
 def _dataset_line(manifest: Manifest) -> str:
     pixels = sum(record.width * record.height for record in manifest.images) / 1e6
     decisions = "".join(f"; {name}: {count}" for name, count in manifest.decisions.items())
-    return (
-        f"{manifest.uri} [{manifest.split}], {manifest.layout} layout: {len(manifest.images)} images, {pixels:.1f} Mpx, "
-        f"fingerprint {manifest.fingerprint}{decisions}"
-    )
+    images = f"{len(manifest.images)} image{'s' * (len(manifest.images) != 1)}, {pixels:.1f} Mpx"
+    place = f"{manifest.uri} [{manifest.split}], {manifest.layout} layout"
+    return f"{place}: {images}, fingerprint {manifest.fingerprint}{decisions}"
 
 
 def _si(value: float) -> str:

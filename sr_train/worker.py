@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from sr_train.run_folder import checkpoint_store
 from sr_train.run_observer import RunObserver, Send
 from sr_train.tracking import RunHandle, Tracker
 from sr_train.validator import Validator
+
+SPOOL = Path(gettempdir()) / "sr-tracking"
+"""What could not be sent to MLflow yet, per machine and run: the next worker, or the driver, sends what one left."""
 
 StreamPairs = Callable[[str, Iterable[ImageRecord], int], Iterator[DecodedPair]]
 """(dataset's URI, records, scale) → decoded pairs in that order, lazily."""
@@ -77,7 +80,7 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
 
     tracker = None
     if job.tracking is not None and collective.rank == 0:
-        tracker = Tracker(job.tracking, spool=Path(mkdtemp(prefix="sr-tracking-")))
+        tracker = Tracker(job.tracking, spool=SPOOL)
     observer = RunObserver(
         send=send,
         tracker=tracker,
