@@ -29,8 +29,8 @@ def main(arguments: Sequence[str]) -> None:
         run_training(command, script_started_s=started_s)
     except USER_ERRORS as error:
         exit_with(error)
-    except Interrupted as signal_name:
-        sys.exit(f"interrupted by {signal_name}")
+    except Interrupted as interrupted:
+        sys.exit(interrupted.exit_status)
 
 
 if __name__ == "__main__":

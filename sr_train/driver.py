@@ -26,7 +26,7 @@ from sr_models.inference import upscale_image
 from sr_models.weights import load_matching, save_model
 from sr_train import checkpoint as ckpt
 from sr_train.cli import TrainCommand
-from sr_train.config import ConfigError, config_to_dict, flatten
+from sr_train.config import ConfigError, RunConfig, config_to_dict, flatten
 from sr_train.metrics import score_image
 from sr_train.model_registry import RegisteredVersion, register_model
 from sr_train.plan import Plan, PlanError, make_plan
@@ -46,8 +46,13 @@ USER_ERRORS = (ConfigError, PlanError, DataError, StorageError, ModelError, ckpt
 """What a person can mend: shown as a message, without a traceback."""
 
 
-class Interrupted(Exception):
-    """The driver was asked to stop, by Ctrl-C or SIGTERM (`ray job stop`)."""
+class Interrupted(BaseException):
+    """The driver was asked to stop, by Ctrl-C or SIGTERM (`ray job stop`). No Exception, so nothing takes it for a
+    failure."""
+
+    def __init__(self, number: int):
+        self.exit_status = 128 + number
+        super().__init__(signal.Signals(number).name)
 
 
 def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None:
@@ -73,9 +78,9 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None
             result = _fit(plan, tracking, init_state, script_started_s)
             report = _conclude(plan, store, tracking, result)
         status = "FINISHED"
-    except Interrupted:
+    except Interrupted as interrupted:
         status = "KILLED"
-        print(f"stopped; go on with: --resume --run.name {plan.config.run.name}", file=sys.stderr, flush=True)
+        print(f"stopped by {interrupted}; go on with {_resume_flags(plan)}", file=sys.stderr, flush=True)
         raise
     finally:
         if tracking is not None:
@@ -272,7 +277,7 @@ def _report(
     gain_db = values["psnr_db"] - values["bicubic_psnr_db"]
     score = f"PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f} at step {values['step']}"
     bicubic = f"{values['bicubic_psnr_db']:.2f} dB, {values['bicubic_ssim']:.4f}"
-    again = f"--resume --run.name {plan.config.run.name}"
+    again = _resume_flags(plan)
     rows = [
         ("best", f"{score}; bicubic {bicubic} ({gain_db:+.2f} dB; {plan.config.validation.protocol})"),
         ("speed", f"{measures['patches_per_s']:,.0f} patches/s, {measures['data_wait_share']:.1%} waiting for data"),
@@ -289,12 +294,18 @@ def _report(
     return "\n".join(f"{name:<10}  {text}" for name, text in rows)
 
 
+def _resume_flags(plan: Plan) -> str:
+    run = plan.config.run
+    storage = f" --run.storage {run.storage}" if run.storage != open_store(RunConfig().storage).uri else ""
+    return f"--resume --run.name {run.name}{storage}"
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM and Ctrl-C as Interrupted, so that the run is closed in MLflow and its user told how to go on."""
 
     def stop(number: int, _frame: object) -> None:
-        raise Interrupted(signal.Signals(number).name)
+        raise Interrupted(number)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -164,12 +164,12 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
         ),
     )
     try:
-        result = trainer.fit()
+        result = _fit_in_thread(trainer)
     except Exception as error:
         raise TrainingFailedError(_reason(mailbox, error)) from error
     finally:
         relay.stop()
-    outcome = result.return_value  # type: ignore[attr-defined]
+    outcome = result.return_value
     if not isinstance(outcome, dict) or "error" in outcome:
         raise TrainingFailedError(
             outcome["error"] if isinstance(outcome, dict) else f"no result came back: {outcome!r}"
@@ -177,6 +177,26 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
     return FitResult(
         position=Position.from_meta(outcome["position"]), measures=outcome["measures"], num_restarts=max(0, starts - 1)
     )
+
+
+def _fit_in_thread(trainer: TorchTrainer) -> Any:
+    """`trainer.fit()`, while this thread stays free to be interrupted: Ray's own wait notices signals late or not at
+    all."""
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(trainer.fit())
+        except Exception as error:  # noqa: BLE001  handed to the caller's thread, which raises it
+            results.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_INTERVAL_S)
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
 def _reason(mailbox: Any, error: Exception) -> str:
