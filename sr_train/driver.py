@@ -13,8 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from sr_data.decode import encode_png
 from sr_data.errors import DataError, StorageError
 from sr_data.pairs import load_pair
@@ -23,7 +21,7 @@ from sr_data.storage import Store, open_store
 from sr_models.architectures import build_model
 from sr_models.errors import ModelError
 from sr_models.inference import upscale_image
-from sr_models.weights import load_matching, save_model
+from sr_models.weights import save_model
 from sr_train import checkpoint as ckpt
 from sr_train.cli import TrainCommand
 from sr_train.config import ConfigError, RunConfig, config_to_dict, flatten
@@ -34,10 +32,10 @@ from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
 from sr_train.ray_run import FitResult, Message, TrainingFailedError, cluster_facts, connect, fit, image_stream
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import COMPARISON_KEY, CONFIG_KEY, RESULT_KEY, TRACKING_KEY, checkpoint_store
+from sr_train.run_folder import COMPARISON_KEY, CONFIG_KEY, DATASETS_KEY, RESULT_KEY, TRACKING_KEY, checkpoint_store
 from sr_train.tracking import RunHandle, Status, finish_run, replay_spool, start_run
 from sr_train.tracking_server import TrackingError
-from sr_train.upscaler import UpscalerError, open_network
+from sr_train.upscaler import UpscalerError
 from sr_train.validator import side_by_side
 from sr_train.worker import SPOOL, Job
 
@@ -47,8 +45,7 @@ USER_ERRORS = (ConfigError, PlanError, DataError, StorageError, ModelError, ckpt
 
 
 class Interrupted(BaseException):
-    """The driver was asked to stop, by Ctrl-C or SIGTERM (`ray job stop`). No Exception, so nothing takes it for a
-    failure."""
+    """The driver was asked to stop, by Ctrl-C or `ray job stop`. No Exception: nothing may take it for a failure."""
 
     def __init__(self, number: int):
         self.exit_status = 128 + number
@@ -69,13 +66,16 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None
     if command.plan_only:
         return
     store = open_store(plan.run_uri)
-    init_state = _init_state(plan)
+    store.write(
+        DATASETS_KEY,
+        json.dumps({"train": plan.train.fingerprint, "validation": plan.validation.fingerprint}).encode(),
+    )
     store.write(CONFIG_KEY, json.dumps(config_to_dict(plan.config), indent=2).encode())
     tracking = _start_tracking(plan, store)
     status: Status = "FAILED"
     try:
         with _interruptible():
-            result = _fit(plan, tracking, init_state, script_started_s)
+            result = _fit(plan, tracking, script_started_s)
             report = _conclude(plan, store, tracking, result)
         status = "FINISHED"
     except Interrupted as interrupted:
@@ -88,9 +88,7 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None
     print(report, flush=True)
 
 
-def _fit(
-    plan: Plan, tracking: RunHandle | None, init_state: Mapping[str, torch.Tensor] | None, script_started_s: float
-) -> FitResult:
+def _fit(plan: Plan, tracking: RunHandle | None, script_started_s: float) -> FitResult:
     progress = Progress(total_steps=plan.config.optim.total_steps)
     job = Job(
         config=plan.config,
@@ -99,7 +97,7 @@ def _fit(
         samples=plan.samples,
         run_uri=plan.run_uri,
         tracking=tracking,
-        init_state=init_state,
+        init_state=plan.initial_weights.state if plan.initial_weights is not None else None,
         stream_pairs=image_stream(plan.config),
         script_started_s=script_started_s,
     )
@@ -136,19 +134,6 @@ def _show(progress: Progress, plan: Plan, message: Message) -> None:
 def _manifest_progress(done: int, total: int) -> None:
     if done % 100 == 0:  # a small set is read before anyone wonders
         print(f"reading the dataset: {done}/{total} images", file=sys.stderr, flush=True)
-
-
-def _init_state(plan: Plan) -> Mapping[str, torch.Tensor] | None:
-    """Weights of `--checkpoint.init-from` in this run's network; raises ModelError if they belong to another one."""
-    source = plan.config.checkpoint.init_from
-    if source is None:
-        return None
-    origin = open_network(source, tracking_uri=plan.tracking_uri)
-    network = build_model(plan.config.model, seed=plan.config.optim.seed)
-    report = load_matching(network, origin.state_dict(), config=origin.config)
-    fresh = f", {len(report.fresh)} newly initialised" if report.fresh else ""
-    print(f"starting from {source}: {len(report.loaded)} tensors taken over{fresh}", flush=True)
-    return network.state_dict()
 
 
 def _start_tracking(plan: Plan, store: Store) -> RunHandle | None:

@@ -7,6 +7,7 @@ weights come from the run's own checkpoints (docs/decisions/0002), images from R
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ from sr_data.ray_source import stream_pairs
 from sr_train.config import TrainConfig
 from sr_train.learner import NonFiniteLossError
 from sr_train.loop import CheckpointWriteError, Position
-from sr_train.plan import ClusterFacts, Plan
+from sr_train.placement import ClusterFacts
+from sr_train.plan import Plan
 from sr_train.worker import Job, StreamPairs, run_worker
 
 POLL_INTERVAL_S = 0.5
-_BLOCK_IMAGES = 8
+_BLOCK_IMAGES = 16
+_API_SERVER = "RAY_API_SERVER_ADDRESS"
 
 
 class TrainingFailedError(RuntimeError):
@@ -66,18 +69,35 @@ def _stream(
 
 
 def connect() -> None:
-    """Joins the cluster that RAY_ADDRESS names or that runs on this machine; else starts one here, for this process."""
-    os.environ.setdefault(
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
-    )  # how soon the end of training, or a loss, is seen
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else what a worker prints is shown twice
+    """Joins the cluster that RAY_ADDRESS names or that `ray start` left on this machine; else starts one, for this
+    process.
+    """
+    # How soon the end of training, or the loss of a worker, is seen; and no second copy of what a worker prints.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # On a machine with other work, idle threads that spin cost half the speed (measured: 37 s against 14 to 20 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not ray.is_initialized():
-        # The dashboard serves the State API, by which Ray Train's clean-up actor sees that the controller lives:
-        # without it, it once took a live run's workers away. Ray's own warnings are about clusters that others run;
-        # errors are shown.
-        ray.init(logging_level=logging.ERROR, include_dashboard=True)
+    if ray.is_initialized():
+        return
+    # Ray Train's clean-up actor asks the dashboard's State API whether the run's controller lives. Without a dashboard
+    # it can't know; and where several clusters run on a machine it may ask another one's, be told "no such actor", and
+    # take a live run's workers away (both seen). So a cluster that starts here gets a dashboard, and its processes
+    # inherit that one's address.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    previous = os.environ.get(_API_SERVER)
+    os.environ[_API_SERVER] = f"http://127.0.0.1:{port}"
+    try:
+        # Ray's warnings are about clusters that others run; errors are shown.
+        context = ray.init(logging_level=logging.ERROR, include_dashboard=True, dashboard_port=port)
+    finally:
+        if previous is None:
+            del os.environ[_API_SERVER]
+        else:
+            os.environ[_API_SERVER] = previous
+    if context.dashboard_url == f"127.0.0.1:{port}":  # started here, so no node of it will be given notice
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 def cluster_facts() -> ClusterFacts:
@@ -152,6 +172,8 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
         train_loop_config={"job": job, "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=run.num_workers,
+            # Ray packs by default: all workers of a CPU cluster would crowd on one node. GPUs talk fastest within one.
+            placement_strategy="PACK" if run.device == "cuda" else "SPREAD",
             use_gpu=run.device == "cuda",
             resources_per_worker={"CPU": run.cpus_per_worker or 1} | ({"GPU": 1} if run.device == "cuda" else {}),
         ),
@@ -180,8 +202,7 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
 
 
 def _fit_in_thread(trainer: TorchTrainer) -> Any:
-    """`trainer.fit()`, while this thread stays free to be interrupted: Ray's own wait notices signals late or not at
-    all."""
+    """`trainer.fit()`, while this thread can be interrupted: Ray's own wait notices signals late or not at all."""
     results: list[Any] = []
 
     def run() -> None:
