@@ -75,7 +75,7 @@ class PatchPool:
         # generation comes.
         areas_px_lr = self._sizes_px_lr.prod(axis=1)
         if plan.is_windowed:
-            place_areas = np.full(len(self._slots) + self._images_ahead(), areas_px_lr.max())
+            place_areas = np.full(len(self._slots) + images_ahead(plan, len(self._slots)), areas_px_lr.max())
         else:
             place_areas = areas_px_lr[[image for _, image in self._new_needs(start_step)]]
         self._num_images_to_feed = None if plan.is_windowed else len(self._slots)
@@ -280,13 +280,13 @@ class PatchPool:
             self._plan, first_sample=self._first_sample, num_samples=self._num_samples, start_step=start_step
         )
 
-    def _images_ahead(self) -> int:
-        """Places beyond the window: at least what four steps replace. At most one per slot, see the two rows in
-        `__init__`.
-        """
-        plan, num_slots = self._plan, len(self._slots)
-        images_per_step = plan.global_batch_size * num_slots / (plan.window_reuse_patches * plan.window_images)
-        return min(num_slots, max(_MIN_IMAGES_AHEAD, round(4 * images_per_step)))
+
+def images_ahead(plan: SamplePlan, num_slots: int) -> int:
+    """Places that a worker has beyond its `num_slots` of a moving window: at least what four steps replace. At most
+    one per slot, see the two rows in `PatchPool.__init__`.
+    """
+    images_per_step = plan.global_batch_size * num_slots / (plan.window_reuse_patches * plan.window_images)
+    return min(num_slots, max(_MIN_IMAGES_AHEAD, round(4 * images_per_step)))
 
 
 def _checked_sizes(plan: SamplePlan, sizes_px_hr: Sequence[tuple[int, int]]) -> Int64Array:

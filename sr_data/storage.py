@@ -96,8 +96,13 @@ class Store:
     def check_writable(self) -> None:
         """Writes and deletes a small file, so that a refusal shows now rather than at the first checkpoint."""
         probe = f".write-probe-{uuid.uuid4().hex}"
-        self.write(probe, b"may be deleted")
-        self.delete(probe)
+        try:
+            self.write(probe, b"may be deleted")
+            self.delete(probe)
+        except StorageError as error:
+            refused = StorageError(str(error).replace(f"/{probe}", ""))
+            refused.errno = error.errno
+            raise refused from error
 
 
 def open_store(uri: str) -> Store:

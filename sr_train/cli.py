@@ -8,6 +8,7 @@ from typing import Annotated, Generic, NoReturn
 
 import tyro
 
+from sr_data.errors import StorageError
 from sr_data.storage import open_store
 from sr_train.config import ConfigError, ModelT, TrainConfig, config_from_dict, config_to_dict, flatten
 from sr_train.run_folder import CONFIG_KEY
@@ -77,15 +78,16 @@ def parse_train(
             description=f"{description}\n\nPresets: {', '.join(presets)}.",
         )
 
-    options = parse(base)
-    saved = _saved_config(options.config, model_type) if options.resume else None
+    # Before the other flags are parsed: they override what the run was begun with, not a preset.
+    saved = _saved_config(arguments, base, model_type) if "--resume" in arguments else None
+    options = parse(saved if saved is not None and preset is None else base)
     if saved is not None:
-        options = parse(saved) if preset is None else options
         _require_same_run(saved, options.config)
     config = options.config
     if not config.data.uri:
         raise ConfigError(
-            f"preset {preset} trains on a dataset of yours: give its place with --data.uri, for example s3://bucket/div2k"
+            f"preset {preset or default_preset} trains on a dataset of yours: give its place with --data.uri, for "
+            f"example s3://bucket/div2k"
         )
     return TrainCommand(config=config, plan_only=options.plan, resume=options.resume)
 
@@ -99,16 +101,27 @@ def _given(arguments: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def _saved_config(config: TrainConfig[ModelT], model_type: type[ModelT]) -> TrainConfig[ModelT] | None:
+def _saved_config(
+    arguments: Sequence[str], base: TrainConfig[ModelT], model_type: type[ModelT]
+) -> TrainConfig[ModelT] | None:
     """The config that a run of that name left in its folder; None if there is no such run yet."""
-    storage = open_store(config.run.storage)
-    if config.run.name is None:
-        raise ConfigError(f"--resume needs --run.name: which run below --run.storage {storage.uri} to go on with")
-    key = f"{config.run.name}/{CONFIG_KEY}"
-    if not storage.exists(key):
+    name = _given(arguments, "--run.name") or base.run.name
+    try:
+        storage = open_store(_given(arguments, "--run.storage") or base.run.storage)
+        if name is None:
+            raise ConfigError(f"--resume needs --run.name: which run below --run.storage {storage.uri} to go on with")
+        key = f"{name}/{CONFIG_KEY}"
+        text = storage.read_text(key) if storage.exists(key) else None
+    except StorageError as error:
+        raise StorageError(f"the run's folder (--run.storage): {error}") from error
+    if text is None:
         return None
-    values = json.loads(storage.read_text(key))
-    return config_from_dict(model_type, values)
+    try:
+        return config_from_dict(model_type, json.loads(text))
+    except ValueError as error:  # no JSON, or not of this version
+        raise ConfigError(
+            f"{storage.uri_of(key)}: --resume needs this run's config and can't read it: {error}"
+        ) from error
 
 
 def _require_same_run(saved: TrainConfig[ModelT], asked: TrainConfig[ModelT]) -> None:

@@ -5,6 +5,7 @@ the same training. `TrainConfig` is generic over the network's config, so each p
 network.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -215,6 +216,9 @@ class TrackingConfig:
     sample_images: int = 2
     """Validation images shown as LR / bicubic / SR / HR at each validation."""
 
+    def __post_init__(self) -> None:
+        _require(self.sample_images >= 0, f"--tracking.sample-images={self.sample_images} must be 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -263,25 +267,34 @@ class TrainConfig(Generic[ModelT]):
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        problems = list(self._contradictions())
+        _require(not problems, problems[0] if len(problems) == 1 else "\n- ".join(["", *problems]))
+
+    def _contradictions(self) -> Iterator[str]:
+        """Options that are right alone and can't be run together."""
         patch, scale, batch = self.data.patch_px_hr, self.model.scale, self.optim.global_batch_size
-        lower = patch // scale * scale
-        _require(
-            patch % scale == 0,
-            f"data.patch_px_hr={patch} is not a multiple of model.scale={scale}; "
-            f"use {lower} or {lower + scale} (--data.patch-px-hr)",
-        )
         pieces = self.run.num_workers * self.optim.accumulation_steps
-        _require(
-            batch % pieces == 0,
-            f"optim.global_batch_size={batch} can't be divided evenly by run.num_workers={self.run.num_workers} × "
-            f"optim.accumulation_steps={self.optim.accumulation_steps}; use {max(1, batch // pieces) * pieces} or "
-            f"{(batch // pieces + 1) * pieces} (--optim.global-batch-size)",
-        )
-        _require(
-            self.schedule.warmup_patches < self.optim.total_patches,
-            f"schedule.warmup_patches={self.schedule.warmup_patches} is not shorter than the budget of "
-            f"{self.optim.total_patches} patches (--schedule.warmup-patches, --optim.total-patches)",
-        )
+        if patch % scale:
+            yield (
+                f"data.patch_px_hr={patch} is not a multiple of model.scale={scale}; "
+                f"use {_multiples_around(patch, scale)} (--data.patch-px-hr)"
+            )
+        if batch % pieces:
+            yield (
+                f"optim.global_batch_size={batch} can't be divided evenly by run.num_workers={self.run.num_workers} × "
+                f"optim.accumulation_steps={self.optim.accumulation_steps}; use {_multiples_around(batch, pieces)} "
+                f"(--optim.global-batch-size)"
+            )
+        if self.schedule.warmup_patches >= self.optim.total_patches:
+            yield (
+                f"schedule.warmup_patches={self.schedule.warmup_patches} is not shorter than the budget of "
+                f"{self.optim.total_patches} patches (--schedule.warmup-patches, --optim.total-patches)"
+            )
+
+
+def _multiples_around(value: int, divisor: int) -> str:
+    below = value // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)
 
 
 def config_to_dict(config: TrainConfig[Any]) -> dict[str, Any]:
@@ -296,7 +309,7 @@ def config_from_dict(model_type: type[ModelT], values: dict[str, Any]) -> TrainC
         result: TrainConfig[ModelT] = adapter.validate_python(values)
     except ValidationError as error:
         lines = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"saved config can't be read: {lines}") from error
+        raise ConfigError(lines) from error
     return result
 
 

@@ -79,6 +79,11 @@ def protocol_named(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+def smallest_side_px(protocol: str, scale: int) -> int:
+    """The side that an HR image must have at least: SSIM's window after the crop."""
+    return SSIM_WINDOW_PX + 2 * protocol_named(protocol).crop_px(scale)
+
+
 def score_image(sr_HWC: UInt8Array, hr_HWC: UInt8Array, *, scale: int, protocol: str, name: str = "") -> ImageScore:
     """Compares two uint8 RGB H×W×3 images of one size.
 
@@ -92,7 +97,7 @@ def score_image(sr_HWC: UInt8Array, hr_HWC: UInt8Array, *, scale: int, protocol:
     if sr_HWC.shape != hr_HWC.shape:
         raise MetricError(f"{at}the SR image is {_size(sr_HWC)}, the HR image {_size(hr_HWC)}; they must be equal")
     crop_px = chosen.crop_px(scale)
-    smallest_px = SSIM_WINDOW_PX + 2 * crop_px
+    smallest_px = smallest_side_px(protocol, scale)
     if min(hr_HWC.shape[:2]) < smallest_px:
         raise MetricError(f"{at}{_size(hr_HWC)} is too small for {protocol} at x{scale}: sides from {smallest_px} px")
     height, width, _ = hr_HWC.shape

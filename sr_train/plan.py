@@ -1,41 +1,29 @@
 """Config → what would happen, and what stands against it: everything that can be known before a GPU is asked for."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
 from sr_data.errors import DataError, StorageError
-from sr_data.manifest import ImageRecord, Manifest, load_manifest
+from sr_data.manifest import Manifest, load_manifest
 from sr_data.sampling import SamplePlan, slot_range
-from sr_data.storage import open_store
+from sr_data.storage import Store, open_store
 from sr_models.architectures import architecture_name
+from sr_models.errors import ModelError
 from sr_train import checkpoint as ckpt
 from sr_train.config import ConfigError, TrainConfig
-from sr_train.run_folder import CONFIG_KEY, checkpoint_store
+from sr_train.initial_weights import InitialWeights, load_initial_weights
+from sr_train.metrics import smallest_side_px
+from sr_train.placement import ClusterFacts, place, placement_warnings
+from sr_train.pool_size import choose_window
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, checkpoint_store
 from sr_train.tracking_server import TrackingError, check_tracking, redact, resolve_tracking_uri
+from sr_train.upscaler import UpscalerError
 
 T = TypeVar("T")
-
-GIB = 1024**3
-_MIN_CPUS_FOR_DECODING = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterFacts:
-    """What the cluster offers now."""
-
-    cpus_per_node: tuple[float, ...]
-    gpus_per_node: tuple[float, ...]
-
-    @property
-    def num_cpus(self) -> float:
-        return sum(self.cpus_per_node)
-
-    @property
-    def num_gpus(self) -> float:
-        return sum(self.gpus_per_node)
 
 
 class PlanError(ValueError):
@@ -43,7 +31,8 @@ class PlanError(ValueError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        super().__init__("\n".join(problems) if len(problems) == 1 else "\n".join(["", *(f"- {p}" for p in problems)]))
+        listed = (f"- {problem.replace(chr(10), chr(10) + '  ')}" for problem in problems)
+        super().__init__(problems[0] if len(problems) == 1 else "\n".join([f"{len(problems)} problems:", *listed]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +47,48 @@ class Plan:
     tracking_uri: str
     """Where the run is tracked. It may hold a password, so the config, which is saved and shown, has it without."""
     tracking_reachable: bool
+    goes_on_from: str | None
+    """Newest checkpoint of the run, where it has one."""
+    initial_weights: InitialWeights | None
+    """Of another model, for a run that begins with them."""
     warnings: tuple[str, ...]
 
     @property
     def run_uri(self) -> str:
-        return open_store(f"{self.config.run.storage.rstrip('/')}/{self.config.run.name}").uri
+        return _run_store(self.config).uri
 
     def shard_slots(self, rank: int) -> range:
         batch = self.config.optim.global_batch_size // self.config.run.num_workers
         return slot_range(self.samples, rank * batch, batch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RunState:
+    """What there is of the run already."""
+
+    exists: bool
+    newest_checkpoint: str | None = None
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of the datasets it was trained and validated on; empty if it did not get so far."""
+
+
+class _Problems:
+    """What was found to stand against the run, each thing once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._seen: set[str] = set()
+
+    def attempt(self, about: str, check: Callable[[], T], *errors: type[Exception]) -> T | None:
+        """What `check` returns; None if it raises one of `errors`, which is noted under the heading `about`."""
+        try:
+            return check()
+        except errors as error:
+            # Training and validation set are often one dataset, whose storage or images fail alike for both.
+            if str(error) not in self._seen:
+                self._seen.add(str(error))
+                self.texts.append(f"{about}: {error}" if about else str(error))
+            return None
 
 
 def make_plan(
@@ -77,31 +99,43 @@ def make_plan(
     progress: Callable[[int, int], None] | None = None,
     now: datetime | None = None,
 ) -> Plan:
-    """Checks data, storage, tracking and resources, and fills in what the config left open. PlanError lists all
-    problems.
+    """Checks data, storage, tracking, starting weights and resources, and fills in what the config left open. Writes
+    nothing but the manifests' cache, beside the runs. PlanError lists all problems.
     """
-    problems: list[str] = []
-
-    def attempt(check: Callable[[], T], *errors: type[Exception]) -> T | None:
-        try:
-            return check()
-        except errors as error:
-            problems.append(str(error))
-            return None
-
+    problems = _Problems()
     tracking_uri = resolve_tracking_uri(config.tracking.uri)
     config = _named(config, redact(tracking_uri), now or datetime.now())
-    storage_ok = attempt(lambda: _check_storage(config, resume=resume), StorageError, ConfigError)
-    reachable = attempt(lambda: _check_tracking(config, tracking_uri), TrackingError)
-    placed = attempt(lambda: _placed(config, cluster), ConfigError)
-    train = attempt(lambda: _train_manifest(config, cache=bool(storage_ok), progress=progress), DataError, StorageError)
-    validation = attempt(lambda: _validation_manifest(config, cache=bool(storage_ok)), DataError, StorageError)
-    if problems or placed is None or train is None or validation is None:
-        raise PlanError(problems)
-    try:
-        config, samples = _windowed(placed, train)
-    except ConfigError as error:
-        raise PlanError([str(error)]) from error
+    found = problems.attempt("", lambda: _run_state(config, resume=resume), StorageError, ConfigError)
+    reachable = problems.attempt("", lambda: _check_tracking(config, tracking_uri), TrackingError)
+    run = problems.attempt("", lambda: place(config.run, cluster), ConfigError)
+    cache = open_store(f"{config.run.storage}/.manifests") if found is not None else None
+    train = problems.attempt(
+        "training set (--data.uri)", lambda: _train_manifest(config, cache, progress), DataError, StorageError
+    )
+    validation = problems.attempt(
+        "validation set (--validation.uri)", lambda: _validation_manifest(config, cache), DataError, StorageError
+    )
+    weights = None
+    if found is None or found.newest_checkpoint is None:
+        weights = problems.attempt(
+            "weights to start from (--checkpoint.init-from)",
+            lambda: load_initial_weights(config, tracking_uri=tracking_uri),
+            *(UpscalerError, ModelError, ckpt.CheckpointError, StorageError, TrackingError),
+        )
+    samples = None
+    if run is not None and train is not None:
+        config = dataclasses.replace(config, run=run)
+        windowed = problems.attempt("", lambda: choose_window(config, train), ConfigError, DataError)
+        config, samples = windowed or (config, None)
+    if found is not None and train is not None:
+        problems.attempt("", lambda: _check_same_images(config, found, train), ConfigError)
+    if problems.texts or found is None or train is None or validation is None or samples is None:
+        raise PlanError(problems.texts)
+    warnings = [
+        *_resume_warnings(config, found, validation, resume=resume),
+        *placement_warnings(config.run, cluster),
+        *_data_warnings(config, cluster, train, validation),
+    ]
     return Plan(
         config=config,
         train=train,
@@ -109,14 +143,30 @@ def make_plan(
         samples=samples,
         tracking_uri=tracking_uri,
         tracking_reachable=bool(reachable),
-        warnings=tuple(_warnings(config, cluster, train, validation)),
+        goes_on_from=found.newest_checkpoint,
+        initial_weights=weights,
+        warnings=tuple(warnings),
     )
 
 
-def _warnings(config: TrainConfig[Any], cluster: ClusterFacts, train: Manifest, validation: Manifest) -> Iterator[str]:
+def _resume_warnings(
+    config: TrainConfig[Any], found: _RunState, validation: Manifest, *, resume: bool
+) -> Iterator[str]:
+    if resume and not found.exists:
+        yield f"there is no run {config.run.name!r} to resume in {config.run.storage}: this one begins at step 0"
+    if found.fingerprints and found.fingerprints["validation"] != validation.fingerprint:
+        yield "the validation set is not the one that this run was scored on before: scores can't be compared"
+
+
+def _data_warnings(
+    config: TrainConfig[Any], cluster: ClusterFacts, train: Manifest, validation: Manifest
+) -> Iterator[str]:
     shared = {record.hr_sha256 for record in train.images} & {record.hr_sha256 for record in validation.images}
     if shared:
-        yield f"{len(shared)} validation images are training images too: scores will flatter"
+        yield (
+            f"{len(shared)} of {len(validation.images)} validation images are training images too: scores will flatter "
+            f"(--validation.uri, --validation.split)"
+        )
     if len(cluster.cpus_per_node) > 1:
         places = {"--run.storage": config.run.storage, "--data.uri": train.uri, "--validation.uri": validation.uri}
         for flag, uri in places.items():
@@ -128,7 +178,10 @@ def _warnings(config: TrainConfig[Any], cluster: ClusterFacts, train: Manifest, 
 
 def _named(config: TrainConfig[Any], tracking_uri: str, now: datetime) -> TrainConfig[Any]:
     kind = f"{architecture_name(config.model)}-x{config.model.scale}"
-    storage = open_store(config.run.storage).uri
+    try:
+        storage = open_store(config.run.storage).uri
+    except StorageError as error:
+        raise PlanError([f"the run's folder (--run.storage): {error}"]) from error
     name = config.run.name or f"{kind}-{now:%Y%m%d-%H%M%S}"
     tracking = dataclasses.replace(
         config.tracking,
@@ -139,66 +192,57 @@ def _named(config: TrainConfig[Any], tracking_uri: str, now: datetime) -> TrainC
     return dataclasses.replace(config, run=run, tracking=tracking)
 
 
-def _check_storage(config: TrainConfig[Any], *, resume: bool) -> bool:
-    store = open_store(f"{config.run.storage}/{config.run.name}")
+def _run_store(config: TrainConfig[Any]) -> Store:
+    return open_store(f"{config.run.storage.rstrip('/')}/{config.run.name}")
+
+
+def _run_state(config: TrainConfig[Any], *, resume: bool) -> _RunState:
+    """Raises StorageError if nothing can be written there, ConfigError if the run is there and not to be resumed."""
+    store = _run_store(config)
     try:
-        taken = store.exists(CONFIG_KEY)
-        store.check_writable()
+        exists = store.exists(CONFIG_KEY)
+        # Not in a run's folder that there isn't yet: a plan leaves none behind.
+        (store if exists else open_store(config.run.storage)).check_writable()
+        newest = ckpt.latest_key(checkpoint_store(store.uri))
+        fingerprints = json.loads(store.read_text(DATASETS_KEY)) if store.exists(DATASETS_KEY) else {}
     except StorageError as error:
-        raise StorageError(f"{error} (--run.storage)") from error
-    if taken and not resume:
-        latest = ckpt.latest_key(checkpoint_store(store.uri))
-        state = f"its newest checkpoint is {latest}" if latest else "it has no checkpoint yet"
+        raise StorageError(f"the run's folder (--run.storage): {error}") from error
+    if exists and not resume:
+        state = f"its newest checkpoint is {newest}" if newest else "it has no checkpoint yet"
         raise ConfigError(
             f"run {config.run.name!r} exists at {store.uri} ({state}): "
             "go on with it by --resume, or choose another --run.name"
         )
-    return True
+    return _RunState(exists=exists, newest_checkpoint=newest, fingerprints=fingerprints)
+
+
+def _check_same_images(config: TrainConfig[Any], found: _RunState, train: Manifest) -> None:
+    """ConfigError if a run that has a checkpoint would go on with other images: other samples than an uninterrupted
+    run's.
+    """
+    before = found.fingerprints.get("train", train.fingerprint)
+    if found.newest_checkpoint is not None and before != train.fingerprint:
+        checkpoint = checkpoint_store(_run_store(config).uri).uri_of(found.newest_checkpoint)
+        raise ConfigError(
+            f"training set (--data.uri): {train.uri} holds other images (fingerprint {train.fingerprint}) than run "
+            f"{config.run.name!r} was trained on ({before}). Give it those images, or start another run from its "
+            f"weights: --run.name NEW --checkpoint.init-from {checkpoint}"
+        )
 
 
 def _check_tracking(config: TrainConfig[Any], tracking_uri: str) -> bool:
     try:
         check_tracking(tracking_uri)
-    except TrackingError:
+    except TrackingError as error:
         if config.tracking.allow_offline:
             return False
-        raise
+        raise TrackingError(f"{error}; to train without it, --tracking.allow-offline") from error
     return True
 
 
-def _placed(config: TrainConfig[Any], cluster: ClusterFacts) -> TrainConfig[Any]:
-    """Device, CPUs and threads of a worker, from what the cluster has."""
-    run = config.run
-    workers = run.num_workers
-    device = run.device
-    if device == "auto":
-        device = "cuda" if cluster.num_gpus >= workers else "cpu"
-    if device == "cuda" and cluster.num_gpus < workers:
-        raise ConfigError(
-            f"{workers} workers need a GPU each and the cluster has {cluster.num_gpus:g}: lower --run.num-workers, or "
-            f"train on CPUs with --run.device cpu"
-        )
-    cpus = run.cpus_per_worker
-    if cpus is None:
-        # One CPU each if that leaves some for decoding, else an even share of what is left. Ray's CPUs are a
-        # reservation, not a limit.
-        spare = cluster.num_cpus - _MIN_CPUS_FOR_DECODING
-        cpus = 1.0 if spare >= workers else max(0.0, int(spare / workers * 100) / 100)
-    if cpus <= 0 or cpus * workers + _MIN_CPUS_FOR_DECODING > cluster.num_cpus:
-        raise ConfigError(
-            f"{workers} workers with {cpus:g} CPUs each, and {_MIN_CPUS_FOR_DECODING} for decoding, need more than the "
-            f"cluster's {cluster.num_cpus:g} CPUs: lower --run.num-workers or --run.cpus-per-worker"
-        )
-    threads = run.threads_per_worker
-    if threads is None:
-        workers_on_a_node = -(-workers // max(1, len(cluster.cpus_per_node)))
-        threads = max(1, int(min(cluster.cpus_per_node)) // workers_on_a_node)
-    return dataclasses.replace(
-        config, run=dataclasses.replace(run, device=device, cpus_per_worker=cpus, threads_per_worker=threads)
-    )
-
-
-def _train_manifest(config: TrainConfig[Any], *, cache: bool, progress: Callable[[int, int], None] | None) -> Manifest:
+def _train_manifest(
+    config: TrainConfig[Any], cache: Store | None, progress: Callable[[int, int], None] | None
+) -> Manifest:
     data = config.data
     return load_manifest(
         data.uri,
@@ -207,78 +251,30 @@ def _train_manifest(config: TrainConfig[Any], *, cache: bool, progress: Callable
         layout=data.layout,
         min_side_px_hr=data.patch_px_hr,
         on_bad_image=data.on_bad_image,
-        cache=_manifest_cache(config) if cache else None,
+        cache=cache,
         progress=progress,
     )
 
 
-def _validation_manifest(config: TrainConfig[Any], *, cache: bool) -> Manifest:
-    validation = config.validation
-    uri = validation.uri or config.data.uri
-    try:
-        manifest = load_manifest(
-            uri,
-            split=validation.split,
-            scale=config.model.scale,
-            layout=validation.layout,
-            on_bad_image=config.data.on_bad_image,
-            cache=_manifest_cache(config) if cache else None,
-        )
-    except DataError as error:
-        raise DataError(f"validation set: {error} (--validation.uri, --validation.split)") from error
+def _validation_manifest(config: TrainConfig[Any], cache: Store | None) -> Manifest:
+    validation, scale = config.validation, config.model.scale
+    manifest = load_manifest(
+        validation.uri or config.data.uri,
+        split=validation.split,
+        scale=scale,
+        layout=validation.layout,
+        on_bad_image=config.data.on_bad_image,
+        cache=cache,
+    )
     if validation.num_images is not None:
         first = sorted(manifest.images, key=lambda record: record.name)[: validation.num_images]
         manifest = dataclasses.replace(manifest, images=tuple(first))
-    return manifest
-
-
-def _manifest_cache(config: TrainConfig[Any]) -> Any:
-    return open_store(f"{config.run.storage}/.manifests")
-
-
-def _windowed(config: TrainConfig[Any], train: Manifest) -> tuple[TrainConfig[Any], SamplePlan]:
-    """The rolling window: as many images as the workers may hold, or the whole dataset."""
-    num_images = len(train.images)
-    window = config.data.window_images
-    if window is None:
-        budget = config.data.pool_gib * GIB
-        whole = _samples(config, num_images, num_images)
-        if largest_shard_bytes(config, whole, train) <= budget:
-            window = num_images
-        else:
-            slot = max(_pair_bytes(record, config.model.scale) for record in train.images)
-            # A worker's slots overlap its neighbours' by one on each side; four places are for images to come.
-            window = (int(budget // slot) - 2 - 4) * config.run.num_workers
-    window = min(window, num_images)
-    if window < config.run.num_workers:
-        raise ConfigError(
-            f"--data.pool-gib={config.data.pool_gib} holds fewer images of {train.uri} than there are workers: raise it"
+    side_px = smallest_side_px(validation.protocol, scale)
+    small = [record.hr_key for record in manifest.images if min(record.width, record.height) < side_px]
+    if small:
+        names = ", ".join(small[:10]) + (f" and {len(small) - 10} more" if len(small) > 10 else "")
+        raise DataError(
+            f"{manifest.uri}: images with a side below {side_px} px can't be scored by {validation.protocol} at "
+            f"x{scale} (--validation.protocol): {names}"
         )
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, window_images=window))
-    return config, _samples(config, num_images, window)
-
-
-def _samples(config: TrainConfig[Any], num_images: int, window_images: int) -> SamplePlan:
-    return SamplePlan(
-        seed=config.optim.seed,
-        global_batch_size=config.optim.global_batch_size,
-        scale=config.model.scale,
-        patch_px_lr=config.data.patch_px_hr // config.model.scale,
-        augment=config.data.augment,
-        num_images=num_images,
-        window_images=window_images,
-        window_reuse_patches=config.data.window_reuse_patches,
-    )
-
-
-def _pair_bytes(record: ImageRecord, scale: int) -> int:
-    hr = record.width * record.height * 3
-    return hr + hr // (scale * scale)
-
-
-def largest_shard_bytes(config: TrainConfig[Any], samples: SamplePlan, train: Manifest) -> int:
-    """Decoded bytes that one worker holds at most."""
-    batch = samples.global_batch_size // config.run.num_workers
-    longest = max(len(slot_range(samples, rank * batch, batch)) for rank in range(config.run.num_workers))
-    sizes = sorted((_pair_bytes(record, samples.scale) for record in train.images), reverse=True)
-    return sum(sizes[:longest])
+    return manifest

@@ -2,7 +2,8 @@
 
 from sr_data.manifest import Manifest
 from sr_models.architectures import architecture_name, macs_per_lr_pixel, num_parameters
-from sr_train.plan import GIB, Plan, largest_shard_bytes
+from sr_train.plan import Plan
+from sr_train.pool_size import largest_shard_bytes, largest_validation_bytes
 
 _NOMINAL_PATCHES_PER_S = 1_000
 
@@ -24,7 +25,7 @@ def _what(plan: Plan) -> list[tuple[str, str]]:
     rounding = f" ({total:,}, as the last step is whole)" if total != optim.total_patches else ""
     budget = f"{optim.total_patches:,} patches{rounding} = {optim.total_steps:,} steps of {optim.global_batch_size}"
     return [
-        ("run", f"{config.run.name} in {plan.run_uri}"),
+        ("run", f"{config.run.name} in {plan.run_uri}{_start(plan)}"),
         ("model", f"{_model_name(plan)}, {num_parameters(config.model):,} parameters"),
         ("training set", _dataset_line(plan.train)),
         ("validation set", _dataset_line(plan.validation)),
@@ -36,21 +37,22 @@ def _what(plan: Plan) -> list[tuple[str, str]]:
 def _how(plan: Plan) -> list[tuple[str, str]]:
     config, run, data = plan.config, plan.config.run, plan.config.data
     num_images, window = len(plan.train.images), plan.samples.window_images
-    feed = f"all {num_images} images at once"
+    feed = f"all {_count(num_images, 'image')} at once"
     if window < num_images:
         feed = f"{window} of {num_images} images at once, one replaced every {data.window_reuse_patches} patches"
     copies = 5 if config.optim.ema_decay else 4  # weights, gradients, Adam's two moments, moving average
-    weights_mib = num_parameters(config.model) * 4 * copies / 1024**2
-    images_gib = largest_shard_bytes(config, plan.samples, plan.train) / GIB
+    weights = _bytes(num_parameters(config.model) * 4 * copies)
+    training = _bytes(largest_shard_bytes(plan.train, plan.samples, run.num_workers))
+    validation = _bytes(largest_validation_bytes(plan.validation, run.num_workers))
     offline = "" if plan.tracking_reachable else "; NOT REACHABLE, training goes on without it"
-    memory = f"{images_gib:.2f} GiB of images, {weights_mib:.0f} MiB of weights, gradients and optimiser"
-    cpus = f"{run.cpus_per_worker:g} CPUs and {run.threads_per_worker} threads"
+    memory = f"{training} of training images, {validation} of validation images, {weights} of weights, gradients and"
+    cpus = f"{_count(run.cpus_per_worker or 1, 'CPU')} and {_count(run.threads_per_worker or 1, 'thread')}"
     return [
         ("workers", f"{run.num_workers} on {run.device}, each with {cpus}"),
         ("feed", feed),
-        ("memory", f"{memory} per worker; activations not counted"),
+        ("memory", f"{memory} optimiser, per worker; activations not counted"),
         ("tracking", f"{config.tracking.uri}, experiment {config.tracking.experiment!r}{offline}"),
-        ("registers", f"{config.tracking.register_as}@challenger"),
+        ("registers", f"{config.tracking.register_as}@challenger{_when(plan)}"),
     ]
 
 
@@ -62,11 +64,23 @@ def _notes(plan: Plan) -> list[tuple[str, str]]:
             ("cost", f"{price * hours:.2f} at {_NOMINAL_PATCHES_PER_S:,} patches/s ({hours:.2f} h at {price:g})")
         )
     rows += [("WARNING", warning) for warning in plan.warnings]
-    left_out = [*plan.train.left_out, *plan.validation.left_out]
+    # Training and validation images can be the same.
+    left_out = list(dict.fromkeys([*plan.train.left_out, *plan.validation.left_out]))
     rows += [("left out", reason) for reason in left_out[:10]]
     if len(left_out) > 10:
         rows.append(("left out", f"and {len(left_out) - 10} more"))
     return rows
+
+
+def _start(plan: Plan) -> str:
+    """Where a run begins that does not begin at step 0 with weights of its own."""
+    if plan.goes_on_from is not None:
+        return f", goes on from {plan.goes_on_from}"
+    return f", starts from {plan.initial_weights}" if plan.initial_weights is not None else ""
+
+
+def _when(plan: Plan) -> str:
+    return "" if plan.tracking_reachable else ", by --resume when MLflow is reachable"
 
 
 def _model_name(plan: Plan) -> str:
@@ -76,9 +90,22 @@ def _model_name(plan: Plan) -> str:
 def _dataset_line(manifest: Manifest) -> str:
     pixels = sum(record.width * record.height for record in manifest.images) / 1e6
     decisions = "".join(f"; {name}: {count}" for name, count in manifest.decisions.items())
-    images = f"{len(manifest.images)} image{'s' * (len(manifest.images) != 1)}, {pixels:.1f} Mpx"
+    images = f"{_count(len(manifest.images), 'image')}, {pixels:.3g} Mpx"
     place = f"{manifest.uri} [{manifest.split}], {manifest.layout} layout"
     return f"{place}: {images}, fingerprint {manifest.fingerprint}{decisions}"
+
+
+def _count(number: float, thing: str) -> str:
+    return f"{number:g} {thing}{'s' * (number != 1)}"
+
+
+def _bytes(number: float) -> str:
+    """A number of bytes with three digits and its binary prefix: 1.52 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:,.3g} GiB"
 
 
 def _si(value: float) -> str:

@@ -4,6 +4,8 @@ from sr_data.storage import Store, open_store
 
 CONFIG_KEY = "config.json"
 """The resolved config; its presence says that the run exists."""
+DATASETS_KEY = "datasets.json"
+"""Fingerprints of what it is trained and validated on."""
 TRACKING_KEY = "tracking.json"
 """The MLflow run that belongs to it."""
 RESULT_KEY = "result.json"

@@ -4,6 +4,7 @@ MLflow is imported when it is first used: that takes 3 s.
 """
 
 import os
+import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -95,6 +96,7 @@ def connect(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -153,5 +155,15 @@ def as_tracking_error(uri: str) -> Iterator[None]:
 
 
 def _tracking_error(uri: str, error: BaseException) -> TrackingError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = _unreachable(error) or next(
+        (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     return TrackingError(f"tracking server {redact(uri)}: {reason.replace(uri, redact(uri))} ({URI_FLAG})")
+
+
+def _unreachable(error: BaseException) -> str | None:
+    """What the operating system said, if no connection came about: below it lie five layers of quoted exceptions."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConnectionError | socket.gaierror):
+        cause = cause.__cause__ or cause.__context__
+    return f"can't be reached ({cause.strerror})" if cause is not None and cause.strerror else None

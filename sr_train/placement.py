@@ -1,0 +1,88 @@
+"""Where workers run: device, CPUs and threads of each, from what the cluster has."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sr_train.config import ConfigError, RunConfig
+
+CPUS_FOR_DECODING = 0.5
+"""What workers leave free for Ray Data, which fetches and decodes images beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterFacts:
+    """What the cluster offers now, node by node; a head node may offer nothing."""
+
+    cpus_per_node: tuple[float, ...]
+    gpus_per_node: tuple[float, ...]
+
+    @property
+    def num_cpus(self) -> float:
+        return sum(self.cpus_per_node)
+
+    @property
+    def num_gpus(self) -> float:
+        return sum(self.gpus_per_node)
+
+
+def place(run: RunConfig, cluster: ClusterFacts) -> RunConfig:
+    """`run` with device, CPUs and threads set. ConfigError if the cluster can't hold its workers."""
+    device = run.device
+    if device == "auto":
+        device = "cuda" if cluster.num_gpus >= run.num_workers else "cpu"
+    if device == "cuda" and cluster.num_gpus < run.num_workers:
+        raise ConfigError(
+            f"--run.device cuda: {run.num_workers} {_workers(run)} a GPU each and the cluster has "
+            f"{cluster.num_gpus:g}: lower --run.num-workers, or train on CPUs with --run.device cpu"
+        )
+    cpus = run.cpus_per_worker
+    if cpus is None:
+        # One CPU each if that leaves some for decoding, else an even share of what is left. Ray's CPUs are a
+        # reservation, not a limit.
+        spare = cluster.num_cpus - CPUS_FOR_DECODING
+        cpus = 1.0 if spare >= run.num_workers else int(spare / run.num_workers * 100) / 100
+    capacities = tuple(_capacities(cluster, device, cpus)) if cpus > 0 else ()
+    if sum(capacities) < run.num_workers or cpus * run.num_workers + CPUS_FOR_DECODING > cluster.num_cpus:
+        each = f" with {cpus:g} CPUs each" if run.cpus_per_worker else ""
+        nodes = " + ".join(f"{cpus:g}" for cpus in cluster.cpus_per_node)
+        raise ConfigError(
+            f"{run.num_workers} {_workers(run)} more{each}, beside {CPUS_FOR_DECODING} CPUs for decoding, than the "
+            f"cluster's nodes offer ({nodes} CPUs): lower --run.num-workers or --run.cpus-per-worker"
+        )
+    threads = run.threads_per_worker or max(1, _threads(cluster, capacities, run.num_workers))
+    return dataclasses.replace(run, device=device, cpus_per_worker=cpus, threads_per_worker=threads)
+
+
+def placement_warnings(run: RunConfig, cluster: ClusterFacts) -> Iterator[str]:
+    """What a person may not have meant; `run` is as `place` made it."""
+    if run.device == "cpu" and 0 < cluster.num_gpus < run.num_workers:
+        yield (
+            f"training on CPUs, though the cluster has GPUs: {cluster.num_gpus:g}, for {run.num_workers} workers "
+            f"(--run.num-workers, --run.device)"
+        )
+    if run.device == "cpu" and run.num_workers > cluster.num_cpus:
+        yield (
+            f"{run.num_workers} workers share {cluster.num_cpus:g} CPUs: as many workers as CPUs would not be slower "
+            f"(--run.num-workers)"
+        )
+
+
+def _capacities(cluster: ClusterFacts, device: str, cpus: float) -> Iterator[int]:
+    """How many workers each node can hold."""
+    for node_cpus, node_gpus in zip(cluster.cpus_per_node, cluster.gpus_per_node, strict=True):
+        by_cpus = int(node_cpus / cpus + 1e-6)  # 1.5 / 0.3 is 4.999…
+        yield min(by_cpus, int(node_gpus)) if device == "cuda" else by_cpus
+
+
+def _threads(cluster: ClusterFacts, capacities: tuple[int, ...], num_workers: int) -> int:
+    """A node's CPUs shared among its workers, on the node where that is least, if they spread over all that can hold
+    one.
+    """
+    homes = [(int(cpus), fits) for cpus, fits in zip(cluster.cpus_per_node, capacities, strict=True) if fits]
+    even_share = -(-num_workers // len(homes))
+    return min(cpus // min(fits, even_share) for cpus, fits in homes)
+
+
+def _workers(run: RunConfig) -> str:
+    return "worker needs" if run.num_workers == 1 else "workers need"
