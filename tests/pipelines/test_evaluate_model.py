@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,19 +24,9 @@ CONFIG = EDSRConfig(scale=2, num_blocks=1, num_channels=4)
 
 
 @pytest.fixture
-def evaluate(capsys):
-    """Runs the script's main; returns its exit status and what it printed."""
-
-    def run(*arguments):
-        status = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            status = exit_.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+def evaluate(run_main):
+    """The script with these arguments."""
+    return partial(run_main, main)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,19 +18,9 @@ SCALE = 4
 
 
 @pytest.fixture
-def score(capsys):
-    """Runs the script's main; returns its exit status and what it printed."""
-
-    def run(*arguments):
-        status = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            status = exit_.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+def score(run_main):
+    """The script with these arguments."""
+    return partial(run_main, main)
 
 
 @pytest.fixture
