@@ -75,6 +75,8 @@ def connect() -> None:
     # How soon the end of training, or the loss of a worker, is seen; and no second copy of what a worker prints.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # DDP's advice not to look for unused parameters; why it does is said in sr_train/learner.py.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # On a machine with other work, idle threads that spin cost half the speed (measured: 37 s against 14 to 20 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if ray.is_initialized():

@@ -111,6 +111,32 @@ def on_workers(folder: Path, world_size: int, poisoned_rank: int | None = None) 
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
+def _resumes_on_rank(rank: int, world_size: int, folder: str) -> None:
+    """Six steps, and again three steps, a new learner, three steps: what a restarted worker does."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.set_num_threads(1)
+    lr_NCHW, hr_NCHW = patches(6)
+    batch = [(lr_NCHW[rank::world_size], hr_NCHW[rank::world_size])]
+    straight, stopped = (learner(OptimConfig(), Collective.of_process_group()) for _ in range(2))
+    for step in range(6):
+        straight.step(batch, learning_rate=1e-3)
+        if step == 3:
+            saved = copy.deepcopy(stopped.state())
+            stopped = learner(OptimConfig(), Collective.of_process_group())
+            stopped.load_state(saved)
+        stopped.step(batch, learning_rate=1e-3)
+    torch.save({"straight": straight.state(), "stopped": stopped.state()}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_three_workers_add_in_the_same_order_after_a_restart(tmp_path: Path) -> None:
+    mp.spawn(_resumes_on_rank, args=(3, str(tmp_path)), nprocs=3)
+    states = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    for group, values in states["straight"].items():
+        for name, value in values.items():
+            assert torch.equal(value, states["stopped"][group][name]), (group, name)
+
+
 def test_two_workers_train_as_one(tmp_path: Path) -> None:
     (alone,) = on_workers(tmp_path / "one", 1)
     first, second = on_workers(tmp_path / "two", 2)
