@@ -12,8 +12,12 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support.process import Child, ServerError, answers_http, free_ports
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -24,6 +28,50 @@ class JobOutcome:
 
     exit_code: int
     logs: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job, running or ended."""
+
+    job_id: str
+    entrypoint: str
+    client: JobSubmissionClient
+
+    def logs(self) -> str:
+        """What it has printed so far."""
+        return self.client.get_job_logs(self.job_id)
+
+    def wait_until_said(self, text: str, *, timeout_s: float = 180.0) -> None:
+        """Returns once the job's log holds `text`; ServerError with the log if it ends or takes longer."""
+        deadline = time.monotonic() + timeout_s
+        while text not in (logs := self.logs()):
+            if self.client.get_job_status(self.job_id).is_terminal() or time.monotonic() > deadline:
+                raise ServerError(f"{self.entrypoint!r} did not say {text!r}:\n{logs}")
+            time.sleep(0.1)
+
+    def driver_pid(self) -> int:
+        """The process that runs the entry point, once it has joined the cluster."""
+        driver = self.client.get_job_info(self.job_id).driver_info
+        if driver is None:
+            raise ServerError(f"{self.entrypoint!r} has not joined the cluster:\n{self.logs()}")
+        return int(driver.pid)
+
+    def wait(self, *, timeout_s: float = 280.0) -> JobOutcome:
+        """How it ended; TimeoutError (with the log) stops it."""
+        from ray.job_submission import JobStatus
+
+        # Waiting is done here, because the command's exit code is 0 or 1, not the entry point's own.
+        deadline = time.monotonic() + timeout_s
+        while not (status := self.client.get_job_status(self.job_id)).is_terminal():
+            if time.monotonic() > deadline:
+                self.client.stop_job(self.job_id)
+                raise TimeoutError(f"{self.entrypoint!r} ran past {timeout_s:.0f} s:\n{self.logs()}")
+            time.sleep(0.25)
+        code = self.client.get_job_info(self.job_id).driver_exit_code
+        if code is None:  # the driver was never started: its runtime environment failed, or it was stopped
+            code = 0 if status is JobStatus.SUCCEEDED else 1
+        return JobOutcome(code, self.logs())
 
 
 @dataclass(frozen=True)
@@ -40,7 +88,11 @@ class RayHead:
         self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None, timeout_s: float = 280.0
     ) -> JobOutcome:
         """`ray job submit --working-dir DIR -- ENTRYPOINT`, then waits; TimeoutError (with the log) stops the job."""
-        from ray.job_submission import JobStatus, JobSubmissionClient  # here: a second that most tests can do without
+        return self.start_job(entrypoint, working_dir=working_dir, env=env).wait(timeout_s=timeout_s)
+
+    def start_job(self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None) -> Job:
+        """The same with `--no-wait`."""
+        from ray.job_submission import JobSubmissionClient  # here: a second that most tests can do without
 
         job_id = f"job-{uuid.uuid4().hex[:8]}"
         command = [RAY, "job", "submit", "--address", self.jobs_url, "--submission-id", job_id, "--no-wait"]
@@ -48,18 +100,7 @@ class RayHead:
         done = subprocess.run([*command, "--", *shlex.split(entrypoint)], capture_output=True, text=True, timeout=60)
         if done.returncode != 0:
             raise ServerError(f"ray job submit exited with {done.returncode}:\n{done.stderr[-2000:]}")
-        # Waiting is done here, because the command's exit code is 0 or 1, not the entry point's own.
-        client = JobSubmissionClient(self.jobs_url)
-        deadline = time.monotonic() + timeout_s
-        while not (status := client.get_job_status(job_id)).is_terminal():
-            if time.monotonic() > deadline:
-                client.stop_job(job_id)
-                raise TimeoutError(f"{entrypoint!r} ran past {timeout_s:.0f} s:\n{client.get_job_logs(job_id)}")
-            time.sleep(0.25)
-        code = client.get_job_info(job_id).driver_exit_code
-        if code is None:  # the driver was never started: its runtime environment failed, or it was stopped
-            code = 0 if status is JobStatus.SUCCEEDED else 1
-        return JobOutcome(code, client.get_job_logs(job_id))
+        return Job(job_id, entrypoint, JobSubmissionClient(self.jobs_url))
 
 
 def start_ray_head(folder: Path, *, num_cpus: int = 3) -> RayHead:
