@@ -3,7 +3,6 @@ is.
 """
 
 import json
-import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -59,7 +58,6 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None
     Raises PlanError before training, TrainingFailedError, TrackingError (the model could not be registered; the run is
     complete otherwise and `--resume` registers it), Interrupted.
     """
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # it announces each table it creates, and how pip is not pinned
     connect()
     plan = make_plan(command.config, cluster_facts(), resume=command.resume, progress=_manifest_progress)
     print(describe(plan), flush=True)
@@ -82,6 +80,8 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None
         status = "KILLED"
         print(f"stopped by {interrupted}; go on with {_resume_flags(plan)}", file=sys.stderr, flush=True)
         raise
+    except TrainingFailedError as error:
+        raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {_resume_flags(plan)}") from error
     finally:
         if tracking is not None:
             _finish(tracking, status)

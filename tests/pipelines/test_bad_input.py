@@ -327,8 +327,9 @@ def test_a_disk_that_fills_up_at_the_second_checkpoint(small_disk: Path, tiny_ph
     ]
     failed = run_script("train_edsr.py", *arguments, cwd=tmp_path, env={})
     assert failed.returncode == 2, failed.stderr
-    message = failed.stderr.splitlines()[-1]
+    message, advice = failed.stderr.splitlines()[-2:]
     assert f"{small_disk}/full/checkpoints/step-000000008.safetensors: the disk is full" in message
+    assert f"--resume --run.name full --run.storage {small_disk}" in advice
     store = checkpoint_store(open_store(str(small_disk / "full")).uri)
     assert ckpt.list_keys(store) == [ckpt.key_of_step(4)]
     assert ckpt.read_checkpoint(store, ckpt.key_of_step(4)).step == 4
