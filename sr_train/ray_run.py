@@ -84,7 +84,7 @@ def connect() -> None:
     # Ray Train's clean-up actor asks the dashboard's State API whether the run's controller lives. Without a dashboard
     # it can't know; and where several clusters run on a machine it may ask another one's, be told "no such actor", and
     # take a live run's workers away (both seen). So a cluster that starts here gets a dashboard, and its processes
-    # inherit that one's address.
+    # inherit that one's address; in a cluster that runs already, this job's processes get the address it was given.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -92,7 +92,9 @@ def connect() -> None:
     os.environ[_API_SERVER] = f"http://127.0.0.1:{port}"
     try:
         # Ray's warnings are about clusters that others run; errors are shown.
-        context = ray.init(logging_level=logging.ERROR, include_dashboard=True, dashboard_port=port)
+        context = ray.init(
+            logging_level=logging.ERROR, include_dashboard=True, dashboard_port=port, runtime_env=_joined_runtime_env()
+        )
     finally:
         if previous is None:
             del os.environ[_API_SERVER]
@@ -100,6 +102,13 @@ def connect() -> None:
             os.environ[_API_SERVER] = previous
     if context.dashboard_url == f"127.0.0.1:{port}":  # started here, so no node of it will be given notice
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
+def _joined_runtime_env() -> dict[str, Any] | None:
+    """The address of the cluster that is joined, for this job's processes there; None where one starts here."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    joins = address not in ("", "auto", "local") and "://" not in address
+    return {"env_vars": {"RAY_ADDRESS": address}} if joins else None
 
 
 def cluster_facts() -> ClusterFacts:
