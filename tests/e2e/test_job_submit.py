@@ -284,6 +284,19 @@ def test_a_job_that_cannot_run_says_why_and_fails(
     assert s3.secret_key not in job.logs
 
 
+def test_processes_of_a_job_know_their_cluster(ray_head: RayHead, tmp_path: Path) -> None:
+    """Else Ray's helpers look for a cluster on the machine, and may find another one."""
+    (tmp_path / "job.py").write_text(
+        "import os, ray\n"
+        "from sr_train.ray_run import connect\n"
+        "connect()\n"
+        "address = ray.get(ray.remote(lambda: os.environ['RAY_ADDRESS']).remote())\n"
+        "assert address == ray.get_runtime_context().gcs_address, address\n"
+    )
+    job = ray_head.submit_job(f"{sys.executable} job.py", working_dir=tmp_path)
+    assert job.exit_code == 0, job.logs
+
+
 def whole_checkpoint(trained: TrainedRun, key: str, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     """Reads a checkpoint of the run from its bucket."""
     from sr_data.storage import open_store
