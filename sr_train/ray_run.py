@@ -25,7 +25,7 @@ from sr_data.errors import DataError, StorageError
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair
 from sr_data.ray_source import stream_pairs
-from sr_train.config import TrainConfig
+from sr_train.config import ConfigError, TrainConfig
 from sr_train.learner import NonFiniteLossError
 from sr_train.loop import CheckpointWriteError, Position
 from sr_train.placement import ClusterFacts
@@ -35,6 +35,8 @@ from sr_train.worker import Job, StreamPairs, run_worker
 POLL_INTERVAL_S = 0.5
 _BLOCK_IMAGES = 16
 _API_SERVER = "RAY_API_SERVER_ADDRESS"
+_ADDRESS = "RAY_ADDRESS"
+_ADDRESS_ADVICE = "start it or give another address; without any, this machine is used"
 
 
 class TrainingFailedError(RuntimeError):
@@ -81,6 +83,7 @@ def connect() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if ray.is_initialized():
         return
+    _check_address()
     # Ray Train's clean-up actor asks the dashboard's State API whether the run's controller lives. Without a dashboard
     # it can't know; and where several clusters run on a machine it may ask another one's, be told "no such actor", and
     # take a live run's workers away (both seen). So a cluster that starts here gets a dashboard, and its processes
@@ -95,6 +98,10 @@ def connect() -> None:
         context = ray.init(
             logging_level=logging.ERROR, include_dashboard=True, dashboard_port=port, runtime_env=_joined_runtime_env()
         )
+    except (ConnectionError, ValueError) as error:
+        if _ADDRESS not in os.environ:
+            raise
+        raise ConfigError(f"{_ADDRESS}={os.environ[_ADDRESS]} is no Ray cluster: {error}; {_ADDRESS_ADVICE}") from error
     finally:
         if previous is None:
             del os.environ[_API_SERVER]
@@ -109,6 +116,20 @@ def _joined_runtime_env() -> dict[str, Any] | None:
     address = os.environ.get("RAY_ADDRESS", "")
     joins = address not in ("", "auto", "local") and "://" not in address
     return {"env_vars": {"RAY_ADDRESS": address}} if joins else None
+
+
+def _check_address() -> None:
+    """ConfigError if nobody listens at RAY_ADDRESS, which Ray itself would find out in more than two minutes."""
+    address = os.environ.get(_ADDRESS, "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local" and mistakes are for Ray to judge
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{_ADDRESS}={address}: no cluster can be reached there ({error.strerror or error}); {_ADDRESS_ADVICE}"
+        ) from error
 
 
 def cluster_facts() -> ClusterFacts:

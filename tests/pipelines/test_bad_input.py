@@ -291,7 +291,15 @@ def test_several_problems_are_all_listed(
     assert all(flag in line for flag, line in zip([*flags, "--checkpoint.init-from"], found, strict=True)), found
 
 
-# As a process
+# As a process: no cluster is joined that a test started
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nonsense"])
+def test_no_cluster_at_the_address(tmp_path: Path, unused_port: int, address: str) -> None:
+    address = address.format(port=unused_port)
+    done = run_script("train_edsr.py", "--plan", cwd=tmp_path, env={"RAY_ADDRESS": address}, timeout_s=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: RAY_ADDRESS={address}") and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_the_script_ends_with_the_message_alone(tmp_path: Path) -> None:
