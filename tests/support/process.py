@@ -99,7 +99,7 @@ class Child:
         """Ends the process and what it left in its group; a process that ended already is no error."""
         if self.process.poll() is None:
             self.send(signal.SIGCONT)
-            # The leader alone: it ends its children in order (`ray start --block` drains the node first).
+            # The leader alone: it ends its children in order (`ray start --block` stops its daemons).
             self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
