@@ -63,7 +63,7 @@ def test_wrong_credentials_end_it_at_once(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     result = run(repo, "--source", str(tiny_photos), "--target", target)
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {target}/")
+    assert result.stderr.startswith(f"error: {target}: the server refuses these credentials")
     assert "AWS_SECRET_ACCESS_KEY" in result.stderr
 
 
