@@ -5,6 +5,7 @@ write, so on object storage and on disk a checkpoint is there whole or not at al
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,26 @@ def latest_key(store: Store) -> str | None:
     """Key of the newest checkpoint; None if there is none."""
     keys = list_keys(store)
     return keys[-1] if keys else None
+
+
+def newest_whole(store: Store) -> str | None:
+    """Key of the newest checkpoint that can be read; None if there is none at all.
+
+    A damaged one (a disk that lies, a file edited by hand) is passed over with a warning: an older one costs some
+    steps. CheckpointError if all are damaged.
+    """
+    damaged: list[str] = []
+    for key in reversed(list_keys(store)):
+        try:
+            read_checkpoint(store, key)
+        except CheckpointError as error:
+            logging.getLogger(__name__).warning("passed over: %s", error)
+            damaged.append(str(error))
+        else:
+            return key
+    if damaged:
+        raise CheckpointError(f"no checkpoint of this run is whole: {'; '.join(damaged)}")
+    return None
 
 
 def keep(store: Store, *, last: int, best_key: str | None) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Generic, NoReturn
 
 import tyro
@@ -19,7 +19,14 @@ _MAY_CHANGE_ON_RESUME = (
     "run.",
     "tracking.",
     "checkpoint.",
-    "validation.",
+    "validation.interval",
+    "validation.tile",
+    "validation.early",
+    # Which images these mean is checked by the plan: a dataset may have moved.
+    "validation.uri",
+    "validation.split",
+    "validation.layout",
+    "validation.num_images",
     "data.uri",
     "data.pool_gib",
     "data.placement",
@@ -81,9 +88,10 @@ def parse_train(
     # Before the other flags are parsed: they override what the run was begun with, not a preset.
     saved = _saved_config(arguments, base, model_type) if "--resume" in arguments else None
     options = parse(saved if saved is not None and preset is None else base)
-    if saved is not None:
-        _require_same_run(saved, options.config)
     config = options.config
+    if saved is not None:
+        config = _resumed(saved, config)
+        _require_same_run(saved, config)
     if not config.data.uri:
         raise ConfigError(
             f"preset {preset or default_preset} trains on a dataset of yours: give its place with --data.uri, for "
@@ -124,15 +132,30 @@ def _saved_config(
         ) from error
 
 
+def _resumed(saved: TrainConfig[ModelT], asked: TrainConfig[ModelT]) -> TrainConfig[ModelT]:
+    """What the plan had resolved is kept where samples or sums depend on it, and left open where it no longer fits."""
+    run, data = asked.run, asked.data
+    if run.num_workers != saved.run.num_workers:
+        if run.cpus_per_worker == saved.run.cpus_per_worker:
+            run = replace(run, cpus_per_worker=None)
+        if run.threads_per_worker == saved.run.threads_per_worker:
+            run = replace(run, threads_per_worker=None)
+    elif run.threads_per_worker is None:
+        run = replace(run, threads_per_worker=saved.run.threads_per_worker)
+    if data.window_images is None:
+        data = replace(data, window_images=saved.data.window_images)
+    tracking = asked.tracking
+    if tracking.uri is not None and "***@" in tracking.uri:  # saved without its password: the environment has it
+        tracking = replace(tracking, uri=None)
+    return replace(asked, run=run, data=data, tracking=tracking)
+
+
 def _require_same_run(saved: TrainConfig[ModelT], asked: TrainConfig[ModelT]) -> None:
     before, after = flatten(config_to_dict(saved)), flatten(config_to_dict(asked))
     changed = [
         f"--{name.replace('_', '-')} {after[name]} (was {before[name]})"
         for name in after
-        if before.get(name) != after[name]
-        and not name.startswith(_MAY_CHANGE_ON_RESUME)
-        # The plan fills these in; an option left open is not a change.
-        and not (name == "data.window_images" and after[name] == "None")
+        if before.get(name) != after[name] and not name.startswith(_MAY_CHANGE_ON_RESUME)
     ]
     if changed:
         raise ConfigError(

@@ -7,35 +7,26 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any
 
-from sr_data.decode import encode_png
 from sr_data.errors import DataError, StorageError
-from sr_data.pairs import load_pair
-from sr_data.resize import upscale_bicubic
 from sr_data.storage import Store, open_store
-from sr_models.architectures import build_model
 from sr_models.errors import ModelError
-from sr_models.inference import upscale_image
-from sr_models.weights import save_model
 from sr_train import checkpoint as ckpt
 from sr_train.cli import TrainCommand
-from sr_train.config import ConfigError, RunConfig, config_to_dict, flatten
-from sr_train.metrics import score_image
-from sr_train.model_registry import RegisteredVersion, register_model
+from sr_train.conclusion import conclude, finished_result, resume_flags
+from sr_train.config import ConfigError, config_to_dict, flatten
+from sr_train.mailbox import Message
 from sr_train.plan import Plan, PlanError, make_plan
 from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
-from sr_train.ray_run import FitResult, Message, TrainingFailedError, cluster_facts, connect, fit, image_stream
+from sr_train.ray_run import FitResult, TrainingFailedError, cluster_facts, connect, fit, pair_stream
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import COMPARISON_KEY, CONFIG_KEY, DATASETS_KEY, RESULT_KEY, TRACKING_KEY, checkpoint_store
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, claim
 from sr_train.tracking import RunHandle, Status, finish_run, replay_spool, start_run
 from sr_train.tracking_server import TrackingError
 from sr_train.upscaler import UpscalerError
-from sr_train.validator import side_by_side
 from sr_train.worker import SPOOL, Job
 
 USER_ERRORS = (ConfigError, PlanError, DataError, StorageError, ModelError, ckpt.CheckpointError, TrackingError,
@@ -55,40 +46,49 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None
     """Runs the plan on the cluster, from wherever the run stands, and registers its best checkpoint. Prints what it
     does.
 
-    Raises PlanError before training, TrainingFailedError, TrackingError (the model could not be registered; the run is
-    complete otherwise and `--resume` registers it), Interrupted.
+    Raises PlanError before training, TrainingFailedError, TrackingError (the model is trained and saved but could not
+    be registered; `--resume` registers it), Interrupted.
     """
-    connect()
-    plan = make_plan(command.config, cluster_facts(), resume=command.resume, progress=_manifest_progress)
-    print(describe(plan), flush=True)
-    if command.plan_only:
-        return
+    with _interruptible():
+        connect()
+        plan = make_plan(command.config, cluster_facts(), resume=command.resume, progress=_manifest_progress)
+        print(describe(plan), flush=True)
+        if not command.plan_only:
+            _run(plan, script_started_s)
+
+
+def _run(plan: Plan, script_started_s: float) -> None:
     store = open_store(plan.run_uri)
-    store.write(
-        DATASETS_KEY,
-        json.dumps({"train": plan.train.fingerprint, "validation": plan.validation.fingerprint}).encode(),
-    )
+    owner = claim(store)
+    fingerprints = {"train": plan.train.fingerprint, "validation": plan.validation.fingerprint}
+    store.write(DATASETS_KEY, json.dumps(fingerprints).encode())
     store.write(CONFIG_KEY, json.dumps(config_to_dict(plan.config), indent=2).encode())
-    tracking = _start_tracking(plan, store)
+    facts = run_facts()
+    tracking = _start_tracking(plan, store, facts)
     status: Status = "FAILED"
+    again = resume_flags(plan)
     try:
-        with _interruptible():
-            result = _fit(plan, tracking, script_started_s)
-            report = _conclude(plan, store, tracking, result)
+        result = finished_result(plan) or _fit(plan, tracking, owner, facts["git_sha"], script_started_s)
         status = "FINISHED"
+        conclusion = conclude(plan, store, tracking, result)
     except Interrupted as interrupted:
         status = "KILLED"
-        print(f"stopped by {interrupted}; go on with {_resume_flags(plan)}", file=sys.stderr, flush=True)
+        print(f"stopped by {interrupted}; go on with {again}", file=sys.stderr, flush=True)
         raise
     except TrainingFailedError as error:
-        raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {_resume_flags(plan)}") from error
+        raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {again}") from error
     finally:
         if tracking is not None:
             _finish(tracking, status)
-    print(report, flush=True)
+    print(conclusion.report, flush=True)
+    if conclusion.not_registered is not None:
+        raise TrackingError(
+            f"the model is trained and saved, but not registered: {conclusion.not_registered}\n"
+            f"When that is mended, {again} registers it"
+        )
 
 
-def _fit(plan: Plan, tracking: RunHandle | None, script_started_s: float) -> FitResult:
+def _fit(plan: Plan, tracking: RunHandle | None, owner: str, git_sha: str, script_started_s: float) -> FitResult:
     progress = Progress(total_steps=plan.config.optim.total_steps)
     job = Job(
         config=plan.config,
@@ -96,9 +96,11 @@ def _fit(plan: Plan, tracking: RunHandle | None, script_started_s: float) -> Fit
         validation=plan.validation,
         samples=plan.samples,
         run_uri=plan.run_uri,
+        owner=owner,
+        git_sha=git_sha,
         tracking=tracking,
         init_state=plan.initial_weights.state if plan.initial_weights is not None else None,
-        stream_pairs=image_stream(plan.config),
+        stream_pairs=pair_stream(plan.config),
         script_started_s=script_started_s,
     )
     try:
@@ -136,28 +138,36 @@ def _manifest_progress(done: int, total: int) -> None:
         print(f"reading the dataset: {done}/{total} images", file=sys.stderr, flush=True)
 
 
-def _start_tracking(plan: Plan, store: Store) -> RunHandle | None:
-    """The MLflow run: a new one, or the one that this run began with."""
+def _start_tracking(plan: Plan, store: Store, facts: Mapping[str, str]) -> RunHandle | None:
+    """The MLflow run: the one that this run began with where it is still there, else a new one; None without a
+    server.
+    """
     if not plan.tracking_reachable:
         return None
     config = config_to_dict(plan.config)
-    previous = json.loads(store.read_text(TRACKING_KEY)) if store.exists(TRACKING_KEY) else {}
-    same_server = previous.get("tracking_uri") == plan.config.tracking.uri
-    handle = start_run(
+    begin = partial(
+        start_run,
         tracking_uri=plan.tracking_uri,
         experiment=plan.config.tracking.experiment,
         run_name=plan.config.run.name or "",
         params=flatten(config),
-        tags=run_facts()
-        | {
+        tags={
+            **facts,
             "dataset": plan.train.uri,
             "dataset_fingerprint": plan.train.fingerprint,
             "validation_fingerprint": plan.validation.fingerprint,
             "run_uri": plan.run_uri,
         },
         texts={"config.json": json.dumps(config, indent=2), "plan.txt": describe(plan)},
-        run_id=previous["run_id"] if same_server else None,
     )
+    previous = json.loads(store.read_text(TRACKING_KEY)) if store.exists(TRACKING_KEY) else {}
+    handle = None
+    if previous.get("tracking_uri") == plan.config.tracking.uri:
+        try:
+            handle = begin(run_id=previous["run_id"])
+        except TrackingError as error:
+            print(f"warning: a new MLflow run begins, the earlier one is gone: {error}", file=sys.stderr, flush=True)
+    handle = handle or begin()
     store.write(TRACKING_KEY, json.dumps({"tracking_uri": plan.config.tracking.uri, "run_id": handle.run_id}).encode())
     return handle
 
@@ -172,117 +182,6 @@ def _finish(tracking: RunHandle, status: Status) -> None:
     else:
         if unsent:
             print(f"warning: {unsent} metrics or pictures did not reach MLflow", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Best:
-    checkpoint: ckpt.Checkpoint
-    values: Mapping[str, Any]
-    uri: str
-
-
-def _conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitResult) -> str:
-    """Picture, registered version and result file of the best checkpoint; returns what to tell the user."""
-    checkpoints = checkpoint_store(plan.run_uri)
-    values = result.position.best or {}
-    best = _Best(
-        checkpoint=ckpt.read_checkpoint(checkpoints, values["key"]),
-        values=values,
-        uri=checkpoints.uri_of(values["key"]),
-    )
-    comparison_png, sample_lr = _comparison(plan, best.checkpoint)
-    store.write(COMPARISON_KEY, comparison_png)
-    version = _register(plan, tracking, best, sample_lr) if tracking is not None else None
-    summary = {
-        "run": plan.config.run.name,
-        "best_checkpoint": best.uri,
-        "protocol": plan.config.validation.protocol,
-        **{name: value for name, value in values.items() if name != "key"},
-        "last_step": result.position.step,
-        "restarts": result.num_restarts,
-        "measures": dict(result.measures),
-        "registered": asdict(version) if version is not None else None,
-        "mlflow_run": tracking.run_id if tracking is not None else None,
-    }
-    store.write(RESULT_KEY, json.dumps(summary, indent=2).encode())
-    return _report(plan, store, tracking, best, version, result)
-
-
-def _comparison(plan: Plan, checkpoint: ckpt.Checkpoint) -> tuple[bytes, Any]:
-    """LR | bicubic | SR | HR of the first validation image as PNG, and that image's LR."""
-    config, weights = ckpt.inference_weights(checkpoint)
-    network = build_model(config)
-    network.load_state_dict(weights)
-    record = min(plan.validation.images, key=lambda record: record.name)
-    scale, protocol = plan.validation.scale, plan.config.validation.protocol
-    pair = load_pair(open_store(plan.validation.uri), record, scale)
-    sr_HWC = upscale_image(network.eval(), pair.lr_HWC)
-    bicubic, sr = (
-        score_image(image_HWC, pair.hr_HWC, scale=scale, protocol=protocol).psnr_db
-        for image_HWC in (upscale_bicubic(pair.lr_HWC, scale), sr_HWC)
-    )
-    return encode_png(side_by_side(pair, sr_HWC, bicubic, sr)), pair.lr_HWC
-
-
-def _register(plan: Plan, tracking: RunHandle, best: _Best, sample_lr: Any) -> RegisteredVersion:
-    config, weights = ckpt.inference_weights(best.checkpoint)
-    protocol = plan.config.validation.protocol
-    tags = {
-        "dataset_fingerprint": plan.train.fingerprint,
-        "validation_fingerprint": plan.validation.fingerprint,
-        "git_sha": run_facts()["git_sha"],
-        "scale": str(config.scale),
-        "step": str(best.values["step"]),
-        "protocol": protocol,
-        "psnr_db": f"{best.values['psnr_db']:.4f}",
-        "ssim": f"{best.values['ssim']:.4f}",
-        "bicubic_psnr_db": f"{best.values['bicubic_psnr_db']:.4f}",
-        "checkpoint": best.uri,
-    }
-    with TemporaryDirectory(prefix="sr-model-") as folder:
-        save_model(Path(folder) / "model", config, weights, notes=tags)
-        return register_model(
-            tracking,
-            Path(folder) / "model",
-            name=plan.config.tracking.register_as or "",
-            tags=tags,
-            sample_lr_HWC=sample_lr,
-        )
-
-
-def _report(
-    plan: Plan,
-    store: Store,
-    tracking: RunHandle | None,
-    best: _Best,
-    version: RegisteredVersion | None,
-    result: FitResult,
-) -> str:
-    values, measures = best.values, result.measures
-    gain_db = values["psnr_db"] - values["bicubic_psnr_db"]
-    score = f"PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f} at step {values['step']}"
-    bicubic = f"{values['bicubic_psnr_db']:.2f} dB, {values['bicubic_ssim']:.4f}"
-    again = _resume_flags(plan)
-    rows = [
-        ("best", f"{score}; bicubic {bicubic} ({gain_db:+.2f} dB; {plan.config.validation.protocol})"),
-        ("speed", f"{measures['patches_per_s']:,.0f} patches/s, {measures['data_wait_share']:.1%} waiting for data"),
-        ("start", f"first step {measures['seconds_to_first_step']:.1f} s after the script's start"),
-        ("memory", f"{measures['peak_memory_gib']:.1f} GiB at most in rank 0's process"),
-        ("checkpoint", best.uri),
-        ("picture", store.uri_of(COMPARISON_KEY)),
-        ("MLflow run", f"{tracking.run_name}  {tracking.url}" if tracking else "none: the server was not reachable"),
-        (
-            "registered",
-            f"{version.uri} ({version.name}@challenger)" if version else f"no: when MLflow is back, {again}",
-        ),
-    ]
-    return "\n".join(f"{name:<10}  {text}" for name, text in rows)
-
-
-def _resume_flags(plan: Plan) -> str:
-    run = plan.config.run
-    storage = f" --run.storage {run.storage}" if run.storage != open_store(RunConfig().storage).uri else ""
-    return f"--resume --run.name {run.name}{storage}"
 
 
 @contextmanager

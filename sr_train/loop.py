@@ -10,6 +10,7 @@ It knows neither Ray nor MLflow: data, validation, storage and reporting reach i
 step.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ def train(
         learning_rate = learning_rate_at(plan.schedule, patches_seen=patches_seen, total_patches=optim.total_patches)
         # A network with randomness of its own (dropout) draws the same numbers after a restart: no generator state to
         # save.
-        torch.manual_seed((optim.seed << 40) ^ (position.step << 10) ^ collective.rank)
+        torch.manual_seed(((optim.seed * 1_000_003 + position.step) * 1_009 + collective.rank) % 2**63)
         asked_s = time.perf_counter()
         num_micro = optim.accumulation_steps
         batches = [source.batch(position.step, micro, num_micro) for micro in range(num_micro)]
@@ -171,6 +172,9 @@ def train(
         if checkpoint_due:
             _save(plan, position, learner, store, meta, observer, collective)
             window = _Window()
+    if position.best is None:  # the budget was cut to what a checkpoint without a validation had reached
+        position = _validated(plan, position, learner, validate, observer)
+        _save(plan, position, learner, store, meta, observer, collective)
     return position
 
 
@@ -218,12 +222,20 @@ def _save(
         whole = {**meta, **position.to_meta(), "patches_seen": plan.patches_at(position.step)}
         try:
             ckpt.write_checkpoint(store, ckpt.Checkpoint(tensors=learner.state(), meta=whole))
-            ckpt.keep(store, last=plan.keep_last, best_key=position.best["key"] if position.best else None)
         except StorageError as failure:
             error = str(failure)
+        else:
+            _tidy(plan, position, store)
     error = collective.first(error)
     if error is not None:
         raise CheckpointWriteError(
             f"the checkpoint of step {position.step} could not be written, earlier ones are untouched: {error}"
         )
     observer.on_checkpoint(ckpt.key_of_step(position.step), step=position.step, seconds=time.perf_counter() - started_s)
+
+
+def _tidy(plan: LoopPlan, position: Position, store: Store) -> None:
+    try:
+        ckpt.keep(store, last=plan.keep_last, best_key=position.best["key"] if position.best else None)
+    except StorageError as failure:  # costs space, not the run; the next checkpoint tries again
+        logging.getLogger(__name__).warning("old checkpoints could not be deleted: %s", failure)

@@ -25,6 +25,9 @@ from sr_train.upscaler import UpscalerError
 
 T = TypeVar("T")
 
+_JOB_FOLDERS = "/runtime_resources/"
+"""Part of the path where Ray unpacks what `ray job submit --working-dir` sent."""
+
 
 class PlanError(ValueError):
     """What stands against the run: every problem found, each with its flag."""
@@ -127,12 +130,12 @@ def make_plan(
         config = dataclasses.replace(config, run=run)
         windowed = problems.attempt("", lambda: choose_window(config, train), ConfigError, DataError)
         config, samples = windowed or (config, None)
-    if found is not None and train is not None:
-        problems.attempt("", lambda: _check_same_images(config, found, train), ConfigError)
+    if found is not None and train is not None and validation is not None:
+        problems.attempt("", lambda: _check_same_run(config, found, train, validation), ConfigError)
     if problems.texts or found is None or train is None or validation is None or samples is None:
         raise PlanError(problems.texts)
     warnings = [
-        *_resume_warnings(config, found, validation, resume=resume),
+        *_resume_warnings(config, found, resume=resume),
         *placement_warnings(config.run, cluster),
         *_data_warnings(config, cluster, train, validation),
     ]
@@ -149,13 +152,9 @@ def make_plan(
     )
 
 
-def _resume_warnings(
-    config: TrainConfig[Any], found: _RunState, validation: Manifest, *, resume: bool
-) -> Iterator[str]:
+def _resume_warnings(config: TrainConfig[Any], found: _RunState, *, resume: bool) -> Iterator[str]:
     if resume and not found.exists:
         yield f"there is no run {config.run.name!r} to resume in {config.run.storage}: this one begins at step 0"
-    if found.fingerprints and found.fingerprints["validation"] != validation.fingerprint:
-        yield "the validation set is not the one that this run was scored on before: scores can't be compared"
 
 
 def _data_warnings(
@@ -166,6 +165,12 @@ def _data_warnings(
         yield (
             f"{len(shared)} of {len(validation.images)} validation images are training images too: scores will flatter "
             f"(--validation.uri, --validation.split)"
+        )
+    local = [uri for uri in (config.run.storage, config.tracking.uri or "") if _JOB_FOLDERS in uri]
+    if local:
+        yield (
+            f"{', '.join(local)}: lies in the job's working folder, which Ray deletes some time after the job "
+            f"(--run.storage, --tracking.uri)"
         )
     if len(cluster.cpus_per_node) > 1:
         places = {"--run.storage": config.run.storage, "--data.uri": train.uri, "--validation.uri": validation.uri}
@@ -216,17 +221,28 @@ def _run_state(config: TrainConfig[Any], *, resume: bool) -> _RunState:
     return _RunState(exists=exists, newest_checkpoint=newest, fingerprints=fingerprints)
 
 
-def _check_same_images(config: TrainConfig[Any], found: _RunState, train: Manifest) -> None:
-    """ConfigError if a run that has a checkpoint would go on with other images: other samples than an uninterrupted
-    run's.
+def _check_same_run(config: TrainConfig[Any], found: _RunState, train: Manifest, validation: Manifest) -> None:
+    """ConfigError if a run that has a checkpoint would go on with other images (other samples than an uninterrupted
+    run's, scores that can't be compared), or with a budget that it has passed.
     """
-    before = found.fingerprints.get("train", train.fingerprint)
-    if found.newest_checkpoint is not None and before != train.fingerprint:
-        checkpoint = checkpoint_store(_run_store(config).uri).uri_of(found.newest_checkpoint)
+    if found.newest_checkpoint is None:
+        return
+    checkpoint = checkpoint_store(_run_store(config).uri).uri_of(found.newest_checkpoint)
+    for flag, manifest, before in (
+        ("--data.uri", train, found.fingerprints.get("train", train.fingerprint)),
+        ("--validation.uri", validation, found.fingerprints.get("validation", validation.fingerprint)),
+    ):
+        if before != manifest.fingerprint:
+            raise ConfigError(
+                f"{manifest.uri} ({flag}) holds other images (fingerprint {manifest.fingerprint}) than run "
+                f"{config.run.name!r} began with ({before}). Give it those images, or start another run from its "
+                f"weights: --run.name NEW --checkpoint.init-from {checkpoint}"
+            )
+    optim, trained_steps = config.optim, ckpt.step_of_key(found.newest_checkpoint) or 0
+    if trained_steps > optim.total_steps:
         raise ConfigError(
-            f"training set (--data.uri): {train.uri} holds other images (fingerprint {train.fingerprint}) than run "
-            f"{config.run.name!r} was trained on ({before}). Give it those images, or start another run from its "
-            f"weights: --run.name NEW --checkpoint.init-from {checkpoint}"
+            f"--optim.total-patches {optim.total_patches}: run {config.run.name!r} has seen "
+            f"{trained_steps * optim.global_batch_size} already"
         )
 
 

@@ -5,6 +5,7 @@ weights come from the run's own checkpoints (docs/decisions/0002), images from R
 (docs/decisions/0003).
 """
 
+import errno
 import logging
 import os
 import socket
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -20,14 +21,18 @@ import ray.train
 import ray.train.torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sr_data.errors import DataError, StorageError
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair
 from sr_data.ray_source import stream_pairs
+from sr_train.checkpoint import CheckpointError
 from sr_train.config import ConfigError, TrainConfig
+from sr_train.config import RunConfig as TrainRunConfig
 from sr_train.learner import NonFiniteLossError
 from sr_train.loop import CheckpointWriteError, Position
+from sr_train.mailbox import Mailbox, Message
 from sr_train.placement import ClusterFacts
 from sr_train.plan import Plan
 from sr_train.worker import Job, StreamPairs, run_worker
@@ -43,9 +48,6 @@ class TrainingFailedError(RuntimeError):
     """Training ended without reaching the end; the message says why. What was saved is still there."""
 
 
-Message = tuple[str, Mapping[str, Any]]
-
-
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
     """How training ended, and what it cost."""
@@ -56,7 +58,7 @@ class FitResult:
     num_restarts: int
 
 
-def image_stream(config: TrainConfig[Any]) -> StreamPairs:
+def pair_stream(config: TrainConfig[Any]) -> StreamPairs:
     """How workers get images: Ray Data tasks beside them, on the CPUs that the workers leave free."""
     reserved_cpus = config.run.num_workers * (config.run.cpus_per_worker or 1)
     return partial(_stream, num_threads=config.data.decode_threads, reserved_cpus=reserved_cpus)
@@ -142,25 +144,12 @@ def cluster_facts() -> ClusterFacts:
     )
 
 
-class Mailbox:
-    """What workers tell the driver. It outlives them, so it also knows whether an error is not worth another try."""
-
-    def __init__(self) -> None:
-        self._messages: list[Message] = []
-        self._fatal: str | None = None
-
-    def put(self, message: Message) -> None:
-        self._messages.append(message)
-
-    def take(self) -> list[Message]:
-        taken, self._messages = self._messages, []
-        return taken
-
-    def set_fatal(self, error: str) -> None:
-        self._fatal = self._fatal or error
-
-    def fatal(self) -> str | None:
-        return self._fatal
+def _on_this_node(actor: type) -> Any:
+    """`actor` as one of Ray's, beside the driver: on another node it would be lost with that node, and the run with
+    it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here)
 
 
 class _Relay(threading.Thread):
@@ -189,7 +178,7 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
     "start", values). Raises TrainingFailedError.
     """
     run = plan.config.run
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    mailbox = _on_this_node(Mailbox).remote()
     starts = 0
 
     def handle(message: Message) -> None:
@@ -199,26 +188,10 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
 
     relay = _Relay(mailbox, handle)
     relay.start()
-    trainer = TorchTrainer(
-        _ray_worker,  # type: ignore[arg-type]  # Ray's stubs are those of Ray Train V1, here and below
-        train_loop_config={"job": job, "mailbox": mailbox},
-        scaling_config=ScalingConfig(
-            num_workers=run.num_workers,
-            # Ray packs by default: all workers of a CPU cluster would crowd on one node. GPUs talk fastest within one.
-            placement_strategy="PACK" if run.device == "cuda" else "SPREAD",
-            use_gpu=run.device == "cuda",
-            resources_per_worker={"CPU": run.cpus_per_worker or 1} | ({"GPU": 1} if run.device == "cuda" else {}),
-        ),
-        # Ray's own state holds nothing that a run needs, so it stays on the driver's machine and ends with it.
-        run_config=RunConfig(
-            name=run.name,
-            storage_path=mkdtemp(prefix="sr-ray-train-"),
-            failure_config=FailureConfig(max_failures=run.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-        ),
-    )
     try:
-        result = _fit_in_thread(trainer)
+        # Ray's own state holds nothing that a run needs, so it stays on the driver's machine and ends with it.
+        with TemporaryDirectory(prefix="sr-ray-train-", ignore_cleanup_errors=True) as ray_state:
+            result = _fit_in_thread(_trainer(run, {"job": job, "mailbox": mailbox}, ray_state))
     except Exception as error:
         raise TrainingFailedError(_reason(mailbox, error)) from error
     finally:
@@ -230,6 +203,24 @@ def fit(plan: Plan, job: Job, *, on_message: Callable[[Message], None]) -> FitRe
         )
     return FitResult(
         position=Position.from_meta(outcome["position"]), measures=outcome["measures"], num_restarts=max(0, starts - 1)
+    )
+
+
+def _trainer(run: TrainRunConfig, worker_config: dict[str, Any], ray_state: str) -> TorchTrainer:
+    return TorchTrainer(
+        _ray_worker,  # type: ignore[arg-type]  # Ray's stubs are those of Ray Train V1, here and below
+        train_loop_config=worker_config,
+        scaling_config=ScalingConfig(
+            num_workers=run.num_workers,
+            use_gpu=run.device == "cuda",
+            resources_per_worker={"CPU": run.cpus_per_worker or 1} | ({"GPU": 1} if run.device == "cuda" else {}),
+        ),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=ray_state,
+            failure_config=FailureConfig(max_failures=run.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+        ),
     )
 
 
@@ -265,6 +256,7 @@ def _reason(mailbox: Any, error: Exception) -> str:
 
 def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What runs on every worker: `run_worker` between Ray's process group and the mailbox."""
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # else every worker says where its credentials came from
     mailbox, job = config["mailbox"], config["job"]
     context = ray.train.get_context()
     given_up: str | None = ray.get(mailbox.fatal.remote())
@@ -277,11 +269,13 @@ def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     try:
         position, measures = run_worker(job, device=ray.train.torch.get_device(), send=send)
-    except (NonFiniteLossError, CheckpointWriteError, DataError, StorageError) as error:
-        ray.get(mailbox.set_fatal.remote(f"{type(error).__name__}: {error}"))
-        if isinstance(
-            error, (NonFiniteLossError, CheckpointWriteError)
-        ):  # raised on every worker: all end here, in step
+    except (NonFiniteLossError, CheckpointWriteError, DataError, CheckpointError, StorageError) as error:
+        # Storage that refuses or is away may be back at the next start; a file that is not there will not.
+        if not isinstance(error, StorageError) or error.errno == errno.ENOENT:
+            ray.get(mailbox.set_fatal.remote(str(error)))
+        # Raised on every worker: all end here, in step.
+        if isinstance(error, (NonFiniteLossError, CheckpointWriteError)):
             return {"error": str(error)}
-        raise  # on this worker only: its failure makes Ray end the others, which wait for it
+        # On this worker only: its failure makes Ray end the others, which wait for it.
+        raise
     return {"position": position.to_meta(), "measures": measures}

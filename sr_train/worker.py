@@ -15,6 +15,7 @@ from sr_data.manifest import ImageRecord, Manifest
 from sr_data.pairs import DecodedPair
 from sr_data.patch_pool import FeedError, PatchPool
 from sr_data.sampling import SamplePlan
+from sr_data.storage import open_store
 from sr_models.architectures import architecture_name, build_model
 from sr_models.architectures import config_to_dict as model_config_to_dict
 from sr_train import checkpoint as ckpt
@@ -22,12 +23,12 @@ from sr_train.collective import Collective
 from sr_train.config import TrainConfig, config_to_dict
 from sr_train.learner import PixelLearner
 from sr_train.loop import LoopPlan, Position, train
-from sr_train.run_folder import checkpoint_store
+from sr_train.run_folder import OwnedStore, checkpoint_store
 from sr_train.run_observer import RunObserver, Send
 from sr_train.tracking import RunHandle, Tracker
 from sr_train.validator import Validator
 
-SPOOL = Path(gettempdir()) / "sr-tracking"
+SPOOL = Path(gettempdir()) / f"sr-tracking-{os.getuid()}"
 """What could not be sent to MLflow yet, per machine and run: the next worker, or the driver, sends what one left."""
 
 StreamPairs = Callable[[str, Iterable[ImageRecord], int], Iterator[DecodedPair]]
@@ -43,6 +44,10 @@ class Job:
     validation: Manifest
     samples: SamplePlan
     run_uri: str
+    owner: str
+    """This driver's claim on the run, see `sr_train.run_folder`."""
+    git_sha: str
+    """Commit of the code that trains; "unknown" where there is no way to tell."""
     tracking: RunHandle | None
     init_state: Mapping[str, torch.Tensor] | None
     """Weights to start from; None for the architecture's own initialisation."""
@@ -68,8 +73,8 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
         precision=precision_of(config, device),
         collective=collective,
     )
-    store = checkpoint_store(job.run_uri)
-    key = collective.first(ckpt.latest_key(store) if collective.rank == 0 else None)
+    store = OwnedStore(checkpoint_store(job.run_uri).uri, open_store(job.run_uri), job.owner)
+    key = collective.first(ckpt.newest_whole(store) if collective.rank == 0 else None)
     position = Position()
     if key is not None:
         saved = ckpt.read_checkpoint(store, key)
@@ -105,13 +110,14 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
                 "model_config": model_config_to_dict(config.model),
                 "config": config_to_dict(config),
                 "dataset_fingerprint": job.train.fingerprint,
+                "git_sha": job.git_sha,
             },
             position=position,
             observer=observer,
             collective=collective,
         )
     except FeedError as error:
-        raise error.__cause__ or error from error
+        raise (error.__cause__ or error) from None
     finally:
         pool.close()
         validator.close()

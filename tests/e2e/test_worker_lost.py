@@ -17,9 +17,10 @@ from sr_data.storage import open_store
 from sr_models.edsr import EDSRConfig
 from sr_train import checkpoint as ckpt
 from sr_train.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from sr_train.mailbox import Message
 from sr_train.plan import Plan, make_plan
-from sr_train.ray_run import FitResult, Message, TrainingFailedError, cluster_facts, connect, fit, image_stream
-from sr_train.run_folder import checkpoint_store
+from sr_train.ray_run import FitResult, TrainingFailedError, cluster_facts, connect, fit, pair_stream
+from sr_train.run_folder import checkpoint_store, claim
 from sr_train.worker import Job, StreamPairs
 
 pytestmark = pytest.mark.e2e
@@ -85,9 +86,11 @@ def run(plan: Plan, messages: list[Message], feed: StreamPairs | None = None) ->
         validation=plan.validation,
         samples=plan.samples,
         run_uri=plan.run_uri,
+        owner=claim(open_store(plan.run_uri)),
+        git_sha="unknown",
         tracking=None,
         init_state=None,
-        stream_pairs=feed or image_stream(plan.config),
+        stream_pairs=feed or pair_stream(plan.config),
         script_started_s=0.0,
     )
     return fit(plan, job, on_message=messages.append)
@@ -109,7 +112,7 @@ def test_a_killed_worker_changes_nothing(tiny_photos: Path, tmp_path: Path) -> N
 
     harmed, messages = planned(tiny_photos, tmp_path, "harmed"), list[Message]()
     marker = tmp_path / "killed"
-    result = run(harmed, messages, KillsItsWorker(image_stream(harmed.config), marker))
+    result = run(harmed, messages, KillsItsWorker(pair_stream(harmed.config), marker))
     assert marker.exists() and result.num_restarts == 1
     first, second = start_steps(messages)
     assert first == 0 and second % CHECKPOINT_STEPS == 0 and 0 < second < TOTAL_STEPS

@@ -207,11 +207,26 @@ def test_resuming_on_other_images(
     is_refused(outcome, "(--data.uri)", "other images", f"--checkpoint.init-from {begun_run}/checkpoints/{CHECKPOINT}")
 
 
-def test_resuming_with_another_validation_set_is_warned_of(
+def test_scores_of_two_validation_sets_or_protocols_are_not_compared(
     train: RunMain, small_cluster: None, begun_run: Path
 ) -> None:
-    arguments = ("--plan", "--resume", "--run.name", "begun", "--validation.uri", "builtin://photos")
-    assert "the validation set is not the one" in rows(train(*arguments))["WARNING"][0]
+    arguments = ("--plan", "--resume", "--run.name", "begun")
+    is_refused(train(*arguments, "--validation.uri", "builtin://photos"), "(--validation.uri)", "other images")
+    outcome = train(*arguments, "--validation.protocol", "psnr@rgb,crop=scale")
+    is_refused(outcome, "--validation.protocol psnr@rgb,crop=scale (was psnr@y,crop=scale)")
+
+
+def test_a_budget_that_was_passed_already_is_refused(train: RunMain, small_cluster: None, begun_run: Path) -> None:
+    outcome = train(
+        "--plan", "--resume", "--run.name", "begun", "--optim.total-patches", "16", "--schedule.warmup-patches", "8"
+    )
+    is_refused(outcome, "--optim.total-patches 16", "has seen")
+
+
+def test_another_number_of_workers_is_placed_anew(train: RunMain, small_cluster: None, begun_run: Path) -> None:
+    """One worker had a CPU of two and two threads: two workers don't fit with that, and need not."""
+    shown = rows(train("--plan", "--resume", "--run.name", "begun", "--run.num-workers", "2"))
+    assert "0.75 CPUs and 1 thread" in shown["workers"][0]
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"model": {"scale": 2}, "optim": {"momentum": 1}}'])

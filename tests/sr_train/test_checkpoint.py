@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sr_data.errors import StorageError
 from sr_data.storage import open_store
 from sr_models.architectures import build_model, config_to_dict
 from sr_models.edsr import EDSRConfig
@@ -16,9 +17,11 @@ from sr_train.checkpoint import (
     key_of_step,
     latest_key,
     list_keys,
+    newest_whole,
     read_checkpoint,
     write_checkpoint,
 )
+from sr_train.run_folder import OwnedStore, claim
 
 TINY = EDSRConfig(scale=3, num_blocks=1, num_channels=4, residual_scaling=0.1)
 
@@ -89,3 +92,28 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     store.write(key, content[damage])
     with pytest.raises(CheckpointError, match=key):
         read_checkpoint(store, key)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_run(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    assert newest_whole(store) is None
+    for step in (1, 2):
+        write_checkpoint(store, checkpoint(step))
+    store.write(key_of_step(3), b"cut off")
+    assert newest_whole(store) == key_of_step(2)
+    for step in (1, 2):
+        store.write(key_of_step(step), b"cut off")
+    with pytest.raises(CheckpointError, match=key_of_step(1)):
+        newest_whole(store)
+
+
+def test_a_driver_whose_run_was_taken_over_changes_nothing_in_it(any_store: str) -> None:
+    run = open_store(any_store)
+    first = OwnedStore(f"{run.uri}/checkpoints", run, claim(run))
+    key = write_checkpoint(first, checkpoint(1))
+    second = OwnedStore(first.uri, run, claim(run))
+    for change in (lambda: write_checkpoint(first, checkpoint(2)), lambda: first.delete(key)):
+        with pytest.raises(StorageError, match="another driver has taken this run over"):
+            change()
+    write_checkpoint(second, checkpoint(3))
+    assert list_keys(second) == [key, key_of_step(3)]

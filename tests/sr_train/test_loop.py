@@ -205,3 +205,55 @@ def test_every_step_is_reported_once(tmp_path: Path) -> None:
     assert [step for step, _, _ in recorder.steps] == [1, 3, 6, 7]
     assert sum(count for _, count, _ in recorder.steps) == 7
     assert {"loss", "grad_norm", "learning_rate", "patches_per_s", "data_wait_share"} == set(recorder.steps[0][2])
+
+
+def test_old_checkpoints_that_cannot_be_deleted_cost_no_training(tmp_path: Path) -> None:
+    class NeverDeletes(Store):
+        __slots__ = ()
+
+        def delete(self, key: str) -> None:
+            raise StorageError(errno.EACCES, f"{self.uri_of(key)}: not allowed to delete")
+
+    store = NeverDeletes(str(tmp_path))
+    ended, _, _ = run(loop_plan(total_steps=8, interval_steps=2), store)
+    assert ended.step == 8
+    assert len(ckpt.list_keys(store)) == 4
+
+
+def test_a_budget_cut_to_an_unvalidated_checkpoint_is_validated_then(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    often = loop_plan(total_steps=4, checkpoint_interval_patches=BATCH, validation_interval_patches=100 * BATCH)
+
+    class Stops(RandomPatches):
+        def batch(self, step: int, micro: int = 0, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+            if step == 2:
+                raise KeyboardInterrupt
+            return super().batch(step, micro, num_micro)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(often, store, source=Stops())
+    saved = ckpt.read_checkpoint(store, key_of_last := ckpt.latest_key(store) or "")
+    cut = dataclasses.replace(often, optim=dataclasses.replace(often.optim, total_patches=2 * BATCH))
+    learner = new_learner(cut.optim)
+    learner.load_state(saved.tensors)
+    ended, _, _ = run(cut, store, learner=learner, position=Position.from_meta(saved.meta), validate=Scores(25.0))
+    assert ended.best is not None and ended.best["key"] == key_of_last
+    assert ckpt.read_checkpoint(store, key_of_last).meta["best"]["psnr_db"] == 25.0
+
+
+@pytest.mark.parametrize("seed", [0, 20261121, 2**62])
+def test_any_seed_trains(tmp_path: Path, seed: int) -> None:
+    plan = loop_plan(total_steps=1)
+    ended, _, _ = run(
+        dataclasses.replace(plan, optim=dataclasses.replace(plan.optim, seed=seed)), open_store(str(tmp_path))
+    )
+    assert ended.step == 1
+
+
+def test_a_run_resumed_after_its_early_stop_stays_stopped(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    plan = loop_plan(total_steps=20, interval_steps=2, early_stop_after=2)
+    run(plan, store, validate=Scores(21.0, 20.0, 20.0))
+    saved = ckpt.read_checkpoint(store, ckpt.latest_key(store) or "")
+    ended, _, recorder = run(plan, store, position=Position.from_meta(saved.meta), validate=Scores(30.0))
+    assert ended.step == saved.step == 6 and recorder.validations == []

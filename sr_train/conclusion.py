@@ -1,0 +1,178 @@
+"""What becomes of a run's best checkpoint: a picture, a registered version, a result file, a report."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from sr_data.decode import encode_png
+from sr_data.pairs import DecodedPair, load_pair
+from sr_data.resize import upscale_bicubic
+from sr_data.storage import Store, open_store
+from sr_models.architectures import build_model
+from sr_models.inference import upscale_image
+from sr_models.weights import save_model
+from sr_train import checkpoint as ckpt
+from sr_train.config import RunConfig
+from sr_train.loop import Position
+from sr_train.metrics import score_image
+from sr_train.model_registry import RegisteredVersion, register_model
+from sr_train.plan import Plan
+from sr_train.ray_run import FitResult
+from sr_train.run_folder import COMPARISON_KEY, RESULT_KEY, checkpoint_store
+from sr_train.tracking import RunHandle
+from sr_train.tracking_server import TrackingError
+from sr_train.validator import side_by_side
+
+# The driver may have no GPU: the paper's EDSR takes minutes per LR megapixel there.
+_PICTURE_PX_LR = 192
+_SAMPLE_PX_LR = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What to tell the user."""
+
+    report: str
+    not_registered: str | None
+    """Why the model could not be registered; None if it was, or if there is no tracking server."""
+
+
+def finished_result(plan: Plan) -> FitResult | None:
+    """The result of a run that has nothing left to train; None if there is something left."""
+    if plan.goes_on_from is None:
+        return None
+    optim, validation = plan.config.optim, plan.config.validation
+    position = Position.from_meta(ckpt.read_checkpoint(checkpoint_store(plan.run_uri), plan.goes_on_from).meta)
+    stopped = (
+        validation.early_stop_after is not None and position.validations_without_gain >= validation.early_stop_after
+    )
+    if position.best is None or not (stopped or position.step >= optim.total_steps):
+        return None
+    store = open_store(plan.run_uri)
+    before = json.loads(store.read_text(RESULT_KEY)) if store.exists(RESULT_KEY) else {}
+    return FitResult(position=position, measures=before.get("measures", {}), num_restarts=before.get("restarts", 0))
+
+
+def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitResult) -> Conclusion:
+    """Saves the picture and the result first, then registers: a server that is away costs the registration only."""
+    checkpoints, values = checkpoint_store(plan.run_uri), result.position.best or {}
+    checkpoint, uri = ckpt.read_checkpoint(checkpoints, values["key"]), checkpoints.uri_of(values["key"])
+    store.write(COMPARISON_KEY, _comparison_png(plan, checkpoint))
+    summary = {
+        "run": plan.config.run.name,
+        "best_checkpoint": uri,
+        "protocol": plan.config.validation.protocol,
+        **{name: value for name, value in values.items() if name != "key"},
+        "last_step": result.position.step,
+        "restarts": result.num_restarts,
+        "measures": dict(result.measures),
+        "registered": None,
+        "mlflow_run": tracking.run_id if tracking is not None else None,
+    }
+    store.write(RESULT_KEY, json.dumps(summary, indent=2).encode())
+    version, problem = None, None
+    if tracking is not None:
+        try:
+            version = _register(plan, tracking, checkpoint, values, uri)
+        except TrackingError as error:
+            problem = str(error)
+        else:
+            store.write(RESULT_KEY, json.dumps(summary | {"registered": asdict(version)}, indent=2).encode())
+    return Conclusion(report=_report(plan, store, tracking, uri, version, result), not_registered=problem)
+
+
+def resume_flags(plan: Plan) -> str:
+    """The flags that go on with this run."""
+    run = plan.config.run
+    storage = f" --run.storage {run.storage}" if run.storage != open_store(RunConfig().storage).uri else ""
+    return f"--resume --run.name {run.name}{storage}"
+
+
+def _comparison_png(plan: Plan, checkpoint: ckpt.Checkpoint) -> bytes:
+    """LR | bicubic | SR | HR of the first validation image, or of the middle of a large one."""
+    config, weights = ckpt.inference_weights(checkpoint)
+    network = build_model(config)
+    network.load_state_dict(weights)
+    record = min(plan.validation.images, key=lambda record: record.name)
+    scale, protocol = plan.validation.scale, plan.config.validation.protocol
+    pair = _middle(load_pair(open_store(plan.validation.uri), record, scale), _PICTURE_PX_LR, scale)
+    sr_HWC = upscale_image(network.eval(), pair.lr_HWC)
+    bicubic_db, sr_db = (
+        score_image(image_HWC, pair.hr_HWC, scale=scale, protocol=protocol).psnr_db
+        for image_HWC in (upscale_bicubic(pair.lr_HWC, scale), sr_HWC)
+    )
+    return encode_png(side_by_side(pair, sr_HWC, bicubic_db, sr_db))
+
+
+def _middle(pair: DecodedPair, side_px_lr: int, scale: int) -> DecodedPair:
+    """At most `side_px_lr` x `side_px_lr` LR pixels from the middle, if either side is twice as long or longer."""
+    height, width = pair.lr_HWC.shape[:2]
+    if max(height, width) < 2 * side_px_lr:
+        return pair
+    top, left = max(0, (height - side_px_lr) // 2), max(0, (width - side_px_lr) // 2)
+    lr_HWC = pair.lr_HWC[top : top + side_px_lr, left : left + side_px_lr]
+    hr_HWC = pair.hr_HWC[top * scale : (top + side_px_lr) * scale, left * scale : (left + side_px_lr) * scale]
+    return replace(pair, lr_HWC=np.ascontiguousarray(lr_HWC), hr_HWC=np.ascontiguousarray(hr_HWC))
+
+
+def _register(
+    plan: Plan, tracking: RunHandle, checkpoint: ckpt.Checkpoint, values: Mapping[str, Any], uri: str
+) -> RegisteredVersion:
+    config, weights = ckpt.inference_weights(checkpoint)
+    tags = {
+        "dataset_fingerprint": plan.train.fingerprint,
+        "validation_fingerprint": plan.validation.fingerprint,
+        "git_sha": str(checkpoint.meta.get("git_sha", "unknown")),
+        "scale": str(config.scale),
+        "step": str(values["step"]),
+        "protocol": plan.config.validation.protocol,
+        "psnr_db": f"{values['psnr_db']:.4f}",
+        "ssim": f"{values['ssim']:.4f}",
+        "bicubic_psnr_db": f"{values['bicubic_psnr_db']:.4f}",
+        "checkpoint": uri,
+    }
+    record = min(plan.validation.images, key=lambda record: record.name)
+    pair = load_pair(open_store(plan.validation.uri), record, plan.validation.scale)
+    with TemporaryDirectory(prefix="sr-model-") as folder:
+        save_model(Path(folder) / "model", config, weights, notes=tags)
+        return register_model(
+            tracking,
+            Path(folder) / "model",
+            name=plan.config.tracking.register_as or "",
+            tags=tags,
+            sample_lr_HWC=pair.lr_HWC[:_SAMPLE_PX_LR, :_SAMPLE_PX_LR].copy(),
+        )
+
+
+def _report(
+    plan: Plan, store: Store, tracking: RunHandle | None, uri: str, version: RegisteredVersion | None, result: FitResult
+) -> str:
+    values, measures = result.position.best or {}, result.measures
+    gain_db = values["psnr_db"] - values["bicubic_psnr_db"]
+    score = f"PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f} at step {values['step']}"
+    bicubic = f"{values['bicubic_psnr_db']:.2f} dB, {values['bicubic_ssim']:.4f}"
+    rows = [("best", f"{score}; bicubic {bicubic} ({gain_db:+.2f} dB; {plan.config.validation.protocol})")]
+    if measures:
+        rows += [
+            (
+                "speed",
+                f"{measures['patches_per_s']:,.0f} patches/s, {measures['data_wait_share']:.1%} waiting for data",
+            ),
+            ("start", f"first step {measures['seconds_to_first_step']:.1f} s after the script's start"),
+            ("memory", f"{measures['peak_memory_gib']:.1f} GiB at most in rank 0's process"),
+        ]
+    rows += [
+        ("checkpoint", uri),
+        ("picture", store.uri_of(COMPARISON_KEY)),
+        ("MLflow run", f"{tracking.run_name}  {tracking.url}" if tracking else "none: the server was not reachable"),
+        (
+            "registered",
+            f"{version.uri} ({version.name}@challenger)" if version else f"no: {resume_flags(plan)} does it",
+        ),
+    ]
+    return "\n".join(f"{name:<10}  {text}" for name, text in rows)
