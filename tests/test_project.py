@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -46,10 +49,24 @@ def tracked_files(repo: Path) -> list[Path]:
     return [repo / name for name in listed.stdout.split("\0") if name and (repo / name).is_file()]
 
 
-def direct_dependencies(repo: Path) -> set[str]:
+def direct_dependencies(repo: Path, *, dev: bool = True) -> set[str]:
     project = tomllib.loads((repo / "pyproject.toml").read_text())
-    requirements = project["project"]["dependencies"] + project["dependency-groups"]["dev"]
+    requirements = project["project"]["dependencies"] + (project["dependency-groups"]["dev"] if dev else [])
     return {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements}
+
+
+def third_party_imports(path: Path) -> Iterator[str]:
+    """The top-level packages that a file imports anywhere, without Python's own and the project's."""
+    own = {"sr_data", "sr_models", "sr_train", "pipelines", "benchmarks", "tests"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import():
+                modules = [alias.name for alias in node.names]
+            case ast.ImportFrom(module=str(module), level=0):
+                modules = [module]
+            case _:
+                continue
+        yield from {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - own
 
 
 def run_python(code: str, *arguments: str) -> str:
@@ -89,6 +106,21 @@ def test_every_direct_dependency_is_locked_and_has_its_reason(repo: Path) -> Non
     for name in direct_dependencies(repo):
         assert name in locked
         assert f"`{name}" in reasons, f"{name} has no reason in docs/decisions/0001-dependencies.md"
+
+
+def test_every_import_is_a_direct_dependency(repo: Path) -> None:
+    """What is installed by chance, or by another package, is gone on the next machine, or in the next version."""
+    distributions = packages_distributions()
+    needed_to_run = {"sr_data", "sr_models", "sr_train", "pipelines"}
+    undeclared = {
+        f"{path.relative_to(repo)}: {name}"
+        for path in tracked_files(repo)
+        if path.suffix == ".py"
+        for name in third_party_imports(path)
+        if not {it.lower() for it in distributions.get(name, [name])}
+        & direct_dependencies(repo, dev=path.relative_to(repo).parts[0] not in needed_to_run)
+    }
+    assert undeclared == set()
 
 
 def test_development_is_locked_to_the_versions_that_runs_use(repo: Path) -> None:
