@@ -217,10 +217,8 @@ def test_scores_of_two_validation_sets_or_protocols_are_not_compared(
 
 
 def test_a_budget_that_was_passed_already_is_refused(train: RunMain, small_cluster: None, begun_run: Path) -> None:
-    outcome = train(
-        "--plan", "--resume", "--run.name", "begun", "--optim.total-patches", "16", "--schedule.warmup-patches", "8"
-    )
-    is_refused(outcome, "--optim.total-patches 16", "has seen")
+    outcome = train("--plan", "--resume", "--run.name", "begun", "--optim.total-patches", "64")
+    is_refused(outcome, "--optim.total-patches 64", "has seen")
 
 
 def test_another_number_of_workers_is_placed_anew(train: RunMain, small_cluster: None, begun_run: Path) -> None:
