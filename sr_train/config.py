@@ -5,6 +5,7 @@ the same training. `TrainConfig` is generic over the network's config, so each p
 network.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -98,6 +99,10 @@ class ValidationConfig:
             _require_positive(validation__num_images=self.num_images)
         if self.early_stop_after is not None:
             _require_positive(validation__early_stop_after=self.early_stop_after)
+        _require(
+            self.early_stop_min_gain_db >= 0,
+            f"--validation.early-stop-min-gain-db={self.early_stop_min_gain_db} must be 0 or more",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +135,11 @@ class ScheduleConfig:
         _require(
             self.kind != "one-cycle" or self.warmup_patches > 0,
             "--schedule.kind one-cycle needs --schedule.warmup-patches greater than 0: its rising part",
+        )
+        _require(
+            self.final_fraction == 0 or self.kind in ("cosine", "one-cycle"),
+            f"--schedule.final-fraction={self.final_fraction} has no meaning for --schedule.kind {self.kind}; "
+            "it ends cosine and one-cycle",
         )
 
 
@@ -218,6 +228,16 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         _require(self.sample_images >= 0, f"--tracking.sample-images={self.sample_images} must be 0 or more")
+        # What MLflow would refuse only after training, and '@', with which models:/NAME@alias could not be read.
+        _require(
+            self.register_as is None or re.fullmatch(r"\w([\w -]*[\w-])?", self.register_as) is not None,
+            f"--tracking.register-as={self.register_as!r} may hold letters, digits, '-', '_' and inner spaces "
+            "only (MLflow refuses '/', ':', '.', '%' and quotes)",
+        )
+        _require(
+            self.experiment.strip() != "" and len(self.experiment) <= 500,
+            f"--tracking.experiment={self.experiment!r} must have 1 to 500 characters (MLflow)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +271,8 @@ class RunConfig:
             _require_positive(run__threads_per_worker=self.threads_per_worker)
         if self.cpus_per_worker is not None:
             _require_positive(run__cpus_per_worker=self.cpus_per_worker)
+        if self.cost_per_hour is not None:
+            _require(self.cost_per_hour >= 0, f"--run.cost-per-hour={self.cost_per_hour} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

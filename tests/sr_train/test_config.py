@@ -49,6 +49,16 @@ def test_contradictions_name_the_flags_and_what_is_allowed(arguments: list[str],
         (["--optim.ema-decay", "1.5"], ["--optim.ema-decay", "between 0 and 1"]),
         (["--run.name", "a/b"], ["--run.name", "letters"]),
         (["--schedule.kind", "one-cycle", "--schedule.warmup-patches", "0"], ["--schedule.warmup-patches"]),
+        (["--schedule.kind", "step", "--schedule.final-fraction", "0.1"], ["--schedule.final-fraction", "cosine"]),
+        (["--schedule.kind", "constant", "--schedule.final-fraction", "0.1"], ["--schedule.final-fraction", "cosine"]),
+        (["--validation.early-stop-min-gain-db", "-0.1"], ["--validation.early-stop-min-gain-db", "0 or more"]),
+        (["--run.cost-per-hour", "-1"], ["--run.cost-per-hour", "0 or more"]),
+        *[
+            (["--tracking.register-as", name], ["--tracking.register-as", "letters, digits"])
+            for name in ("edsr-x4-v1.2", "a/b", "a:b", "a%b", "it's", "a@b", "", " a")
+        ],
+        (["--tracking.experiment", " "], ["--tracking.experiment", "1 to 500"]),
+        (["--tracking.experiment", "e" * 501], ["--tracking.experiment", "1 to 500"]),
     ],
 )
 def test_unknown_or_wrong_flags_end_with_status_2(
@@ -57,8 +67,13 @@ def test_unknown_or_wrong_flags_end_with_status_2(
     with pytest.raises(SystemExit) as ended:
         parse(*arguments)
     assert ended.value.code == 2
-    said = "".join(capsys.readouterr())
+    said = " ".join("".join(capsys.readouterr()).split())  # tyro breaks lines
     assert all(message in said for message in messages), said
+
+
+def test_what_mlflow_takes_is_taken() -> None:
+    config = parse("--tracking.register-as", "My edsr_x4-v12", "--tracking.experiment", "team / x4: 1.2").config
+    assert (config.tracking.register_as, config.tracking.experiment) == ("My edsr_x4-v12", "team / x4: 1.2")
 
 
 @pytest.mark.parametrize("preset", EDSR_PRESETS)
