@@ -6,6 +6,7 @@ a signature: uint8 RGB images of any size in, uint8 RGB images out. Nothing in i
 
 import hashlib
 import inspect
+import json
 import logging
 import shutil
 import sys
@@ -22,7 +23,10 @@ import numpy as np
 
 import sr_models
 from sr_data.decode import encode_png
+from sr_models.architectures import architecture_name, config_to_dict
+from sr_models.errors import ModelError
 from sr_models.inference import upscale_image
+from sr_models.weights import WEIGHTS_FILE, load_config
 from sr_train.tracking import RunHandle
 from sr_train.tracking_server import as_tracking_error, connect
 
@@ -58,9 +62,10 @@ def register_model(
     """Register the weights in `folder` (written by `sr_models.weights.save_model`) as a new version of model `name`.
 
     Before anything is uploaded the packed model is loaded and has to upscale `sample_lr_HWC` (uint8 RGB); both pictures
-    go with it. `tags` are set on the version, and `alias` is moved to it. Calling again with the same run and weights
-    returns the version that is there (its tags and alias are set again). Raises TrackingError if the server refuses,
-    and ModelError, with nothing registered, if the folder or the sample is not valid.
+    go with it. `tags` are set on the version, and `alias` is moved to it unless it is at a newer one. Calling again
+    with the same run, config and weights returns the version that is there, with its tags set again. Raises
+    TrackingError if the server refuses, and ModelError, with nothing registered, if the folder or the sample is not
+    valid.
     """
     digest = _digest(folder)
     with tempfile.TemporaryDirectory(prefix="sr-model-") as scratch, as_tracking_error(run.tracking_uri):
@@ -70,7 +75,9 @@ def register_model(
             found = _create(client, run, folder, name, digest, sample_lr_HWC, Path(scratch) / "model")
         for key, value in tags.items():
             client.set_model_version_tag(name, found.version, key, value)
-        client.set_registered_model_alias(name, alias, found.version)
+        # A run that is resumed late finds its old version: what was registered since stays the challenger.
+        if int(client.get_registered_model(name).aliases.get(alias, 0)) <= int(found.version):
+            client.set_registered_model_alias(name, alias, found.version)
     return RegisteredVersion(name, str(found.version), f"models:/{name}/{found.version}")
 
 
@@ -203,9 +210,11 @@ def _no_advice() -> Iterator[None]:
 
 
 def _digest(folder: Path) -> str:
-    """16 hex digits over the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(it for it in folder.rglob("*") if it.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    """16 hex digits over what makes the model: architecture, config and weights, not the notes beside them."""
+    config = load_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise ModelError(f"{folder} has no {WEIGHTS_FILE}")
+    with weights.open("rb") as file:
+        parts = [architecture_name(config), config_to_dict(config), hashlib.file_digest(file, "sha256").hexdigest()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

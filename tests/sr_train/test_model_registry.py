@@ -46,10 +46,10 @@ print(json.dumps(outcome))
 """
 
 
-def weights(folder: Path, seed: int = 0) -> Path:
+def weights(folder: Path, seed: int = 0, residual_scaling: float = 1.0) -> Path:
     torch.manual_seed(seed)
-    config = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
-    save_model(folder, config, build_model(config).state_dict(), notes={"seed": str(seed)})
+    config = EDSRConfig(scale=2, num_blocks=2, num_channels=8, residual_scaling=residual_scaling)
+    save_model(folder, config, build_model(config).state_dict(), notes={"made in": folder.name})
     return folder
 
 
@@ -122,6 +122,12 @@ def test_registering_again_gives_the_same_version_and_other_weights_the_next(
     other = register_model(run, weights(tmp_path / "b", seed=1), name="again", tags={}, sample_lr_HWC=SAMPLE)
     assert other.version == "2"
     assert client.get_model_version_by_alias("again", "challenger").version == "2"
+    late = register_model(run, weights(tmp_path / "late"), name="again", tags={}, sample_lr_HWC=SAMPLE)
+    assert late == first
+    assert client.get_model_version_by_alias("again", "challenger").version == "2", "never back to an older version"
+    scaled = weights(tmp_path / "scaled", seed=1, residual_scaling=0.1)  # the same tensors, another network
+    assert register_model(run, scaled, name="again", tags={}, sample_lr_HWC=SAMPLE).version == "3"
+    assert client.get_model_version_by_alias("again", "challenger").version == "3"
 
 
 def test_what_does_not_work_is_not_registered(mlflow_server: MlflowServer, tmp_path: Path) -> None:
@@ -130,6 +136,9 @@ def test_what_does_not_work_is_not_registered(mlflow_server: MlflowServer, tmp_p
     folder = weights(tmp_path / "weights")
     (folder / "weights.safetensors").write_bytes(b"cut off")
     with pytest.raises(ModelError, match="safetensors"):
+        register_model(run, folder, name="broken", tags={}, sample_lr_HWC=SAMPLE)
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no weights"):
         register_model(run, folder, name="broken", tags={}, sample_lr_HWC=SAMPLE)
     assert MlflowClient(uri).search_model_versions("name = 'broken'") == []
 
