@@ -15,11 +15,12 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from sr_train.spool import Record, Segment, orphans
+from sr_train.tracking_server import redact
 
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Record], Path], None]
-"""Sends records (all of kind "metrics" or "tags", or a single one of another kind) whose files lie below the folder.
+"""Sends records (all of kind "metrics", or a single one of another kind) whose files lie below the folder.
 Raises RefusedError for what will never be accepted; any other exception means: try again later."""
 
 MAX_RECORDS_PER_BATCH = 100
@@ -95,8 +96,7 @@ class Outbox:
         # A writer that a full disk holds up has one record in its hands and the end mark in the queue: they cancel.
         undelivered = self._num_dropped + self._queue.qsize()
         for segment in [*self._inherited, self._segment]:
-            undelivered += segment.num_pending() + segment.num_refused()
-            segment.close()
+            undelivered += _give_up(segment)
         if undelivered:
             logger.warning("%d records for %s were not delivered; %s", undelivered, self._receiver, self._where())
         self._closed_with = undelivered
@@ -159,7 +159,7 @@ class Outbox:
 def send_all(segment: Segment, deliver: Deliver, abandoned: threading.Event | None = None) -> None:
     """Deliver every record of `segment` in order. Raises what `deliver` raises; what came before is marked as sent."""
     while found := segment.read(MAX_RECORDS_PER_BATCH):
-        group = list(itertools.takewhile(lambda it: it[0]["kind"] in ("metrics", "tags"), found)) or found[:1]
+        group = list(itertools.takewhile(lambda it: it[0]["kind"] == "metrics", found)) or found[:1]
         refused = _deliver_group(group, deliver, segment.folder)
         if abandoned is not None and abandoned.is_set():
             return  # close() has given the segment up; delivering twice is harmless
@@ -189,10 +189,21 @@ def replay(spool: Path, deliver: Deliver) -> int:
             send_all(segment, deliver)
         except Exception as error:  # noqa: BLE001  as in Outbox._send: whatever it is, the records stay and are counted
             logger.warning("%s could not be delivered: %s", segment.folder, _first_line(error))
-        undelivered += segment.num_pending() + segment.num_refused()
+        undelivered += _give_up(segment)
+    return undelivered
+
+
+def _give_up(segment: Segment) -> int:
+    """Close a segment; returns how many of its records were not delivered, 0 if the disk does not tell."""
+    try:
+        undelivered = segment.num_pending() + segment.num_refused()
         segment.close()
+    except (OSError, ValueError) as error:  # ValueError: what a power cut has left is no JSON
+        logger.warning("the spool %s can't be read any more: %s", segment.folder, error)
+        return 0
     return undelivered
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """For a log and for `refused.jsonl`: an exception of a request quotes the whole URI, with the password in it."""
+    return redact((str(error).splitlines() or [type(error).__name__])[0])

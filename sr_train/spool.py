@@ -15,6 +15,7 @@ take the last seconds). Delivery is at least once: a process that dies between d
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -22,6 +23,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 """Plain JSON. A record with the key "file" has its content in the segment, at that relative path."""
@@ -36,7 +39,8 @@ class Segment:
         self._lock = lock
         self._records = folder / "records.jsonl"
         self._sent = folder / "sent"
-        self.offset = int(self._sent.read_text()) if self._sent.exists() else 0
+        sent = self._sent.read_text() if self._sent.exists() else ""
+        self.offset = int(sent) if sent.isdecimal() else 0  # a power cut can leave it empty: then all is sent again
         self._num_files = 0
 
     @classmethod
@@ -51,10 +55,10 @@ class Segment:
 
     @classmethod
     def adopt(cls, folder: Path) -> "Segment | None":
-        """Take over a segment whose process is gone; None if it is alive, or if the segment has just been removed."""
+        """Take over a segment whose process is gone; None if it is alive, just removed, or another user's."""
         try:
             lock = (folder / "lock").open("a")
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,8 +139,15 @@ class Segment:
 
 
 def orphans(spool: Path) -> list[Segment]:
-    """Segments in `spool` whose process is gone, oldest first, taken over by the caller, who must close them."""
-    if not spool.is_dir():
+    """Segments in `spool` whose process is gone, oldest first, taken over by the caller, who must close them.
+
+    A spool that can't be read is a warning and holds none: what lies there is not worth a run.
+    """
+    try:
+        folders = sorted((folder for folder in spool.iterdir() if (folder / "lock").exists()), key=lambda it: it.name)
+    except FileNotFoundError:
         return []
-    folders = sorted((folder for folder in spool.iterdir() if (folder / "lock").exists()), key=lambda it: it.name)
+    except OSError as error:
+        logger.warning("the spool %s can't be read, what an earlier process left there is not sent: %s", spool, error)
+        return []
     return [segment for folder in folders if (segment := Segment.adopt(folder)) is not None]

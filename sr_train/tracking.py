@@ -4,10 +4,11 @@ Every call names its tracking server; MLflow's process-wide state (active run, t
 changed, with one exception, `tracking_server.connect`, which says what and why.
 """
 
+import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["RunHandle", "Status", "Tracker", "TrackingError", "check_tracking", "finish_run", "replay_spool",
            "resolve_tracking_uri", "run_facts", "start_run"]  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 MAX_PARAMS_PER_REQUEST = 100  # a limit of MLflow's REST API, as are 100 tags and 1,000 metrics
@@ -43,7 +46,7 @@ MAX_PARAMS_PER_REQUEST = 100  # a limit of MLflow's REST API, as are 100 tags an
 class RunHandle:
     """A run, as plain values: it travels from the driver to the workers."""
 
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)
     """Absolute; may hold a password, so it is never printed or recorded."""
     run_id: str
     experiment_id: str
@@ -100,16 +103,23 @@ def start_run(
 
 
 def finish_run(run: RunHandle, status: Status, *, spool: Path | None = None) -> None:
-    """End the run. Raises TrackingError; where a `spool` is given, `replay_spool` can then end the run later."""
+    """End the run. Raises TrackingError; where a `spool` is given, and can be written, `replay_spool` ends it later."""
     try:
         with as_tracking_error(run.tracking_uri):
             connect(run.tracking_uri).set_terminated(run.run_id, status)
     except TrackingError:
         if spool is not None:
-            segment = Segment.create(_spool_of(run, spool))
-            segment.append({"kind": "status", "status": status, "time_ms": _now_ms()})
-            segment.close()
+            _keep_status(_spool_of(run, spool), status)
         raise
+
+
+def _keep_status(spool: Path, status: Status) -> None:
+    try:
+        segment = Segment.create(spool)
+        segment.append({"kind": "status", "status": status, "time_ms": _now_ms()})
+        segment.close()
+    except OSError as error:
+        logger.warning("that the run is %s can't be kept for later: %s", status, error)
 
 
 class Tracker:
@@ -117,19 +127,24 @@ class Tracker:
 
     Everything goes through a spool on disk, in order (see `sr_train.outbox`). What an earlier Tracker of this run left
     in the same spool is sent first. While the server is away records gather on disk, and are sent when it is back.
+    Where the spool can't be written (a full disk, no permission), nothing of this process is recorded: one warning.
     """
 
     def __init__(self, run: RunHandle, *, spool: Path) -> None:
-        """Start sending. Raises OSError if `spool` (a folder, absolute; made if missing) can't be written."""
+        """Start sending. `spool`: a folder, absolute; made if missing."""
         self.run = run
-        self._outbox = Outbox(
-            _spool_of(run, spool), partial(_deliver, run), receiver=f"tracking server {redact(run.tracking_uri)}"
-        )
+        self._num_lost = 0
+        receiver = f"tracking server {redact(run.tracking_uri)}"
+        self._outbox: Outbox | None = None
+        try:
+            self._outbox = Outbox(_spool_of(run, spool), partial(_deliver, run), receiver=receiver)
+        except OSError as error:
+            logger.warning("nothing of this process reaches %s, training goes on: no spool (%s)", receiver, error)
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Record numbers at `step`; their time is now. NaN and ±inf are allowed (MLflow stores ±1.8e308)."""
         numbers = {key: float(value) for key, value in values.items()}
-        self._outbox.put({"kind": "metrics", "time_ms": _now_ms(), "step": step, "values": numbers})
+        self._put({"kind": "metrics", "time_ms": _now_ms(), "step": step, "values": numbers})
 
     def image(self, path: str, image_HWC: np.ndarray) -> None:
         """Record a picture (uint8, RGB) as a PNG artefact at `path`, e.g. "samples/step-0100.png"."""
@@ -138,20 +153,17 @@ class Tracker:
         encode = partial(
             encode_png, image_HWC.copy()
         )  # a copy: the caller may go on drawing; encoding takes 50 times as long
-        self._outbox.put({"kind": "file", "path": path}, encode=encode, num_bytes=image_HWC.nbytes)
-
-    def text(self, path: str, text: str) -> None:
-        """Record a text as an artefact at `path`."""
-        content = text.encode()
-        self._outbox.put({"kind": "file", "path": path}, encode=lambda: content, num_bytes=len(content))
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags of the run."""
-        self._outbox.put({"kind": "tags", "values": {key: str(value) for key, value in values.items()}})
+        self._put({"kind": "file", "path": path}, encode=encode, num_bytes=image_HWC.nbytes)
 
     def close(self, timeout_s: float = 30.0) -> int:
         """Send what is left, for at most `timeout_s`; returns how many items were not: they stay in the spool."""
-        return self._outbox.close(timeout_s)
+        return self._num_lost if self._outbox is None else self._outbox.close(timeout_s)
+
+    def _put(self, record: Record, *, encode: Callable[[], bytes] | None = None, num_bytes: int = 0) -> None:
+        if self._outbox is None:
+            self._num_lost += 1
+        else:
+            self._outbox.put(record, encode=encode, num_bytes=num_bytes)
 
 
 def replay_spool(run: RunHandle, spool: Path) -> int:
@@ -183,13 +195,9 @@ def _deliver(run: RunHandle, records: Sequence[Record], folder: Path) -> None:
                 metrics = [
                     Metric(key, value, record["time_ms"], record["step"])
                     for record in records
-                    if record["kind"] == "metrics"
                     for key, value in record["values"].items()
                 ]
-                tags: dict[str, str] = {}
-                for record in records:
-                    tags |= record["values"] if record["kind"] == "tags" else {}
-                _log(client, run.run_id, metrics=metrics, tags=tags)
+                _log(client, run.run_id, metrics=metrics)
     except MlflowException as error:
         if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
             raise RefusedError(str(error)) from error

@@ -5,6 +5,7 @@ MLflow is imported when it is first used: that takes 3 s.
 
 import logging
 import os
+import re
 import socket
 import sqlite3
 import threading
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -76,12 +77,9 @@ def check_tracking(uri: str, *, timeout_s: float = 5.0) -> None:
         raise _tracking_error(uri, errors[0]) from errors[0]
 
 
-def redact(uri: str) -> str:
-    """`uri` without its user name and password, for messages."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]))
+def redact(text: str) -> str:
+    """`text`, a URI or a message that quotes some, without the user names and passwords in them."""
+    return re.sub(r"(?<=://)[^/\s]*@", "***@", text)
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -161,7 +159,7 @@ def _tracking_error(uri: str, error: BaseException) -> TrackingError:
     reason = _unreachable(error) or next(
         (line for line in str(error).splitlines() if line.strip()), type(error).__name__
     )
-    return TrackingError(f"tracking server {redact(uri)}: {reason.replace(uri, redact(uri))} ({URI_FLAG})")
+    return TrackingError(f"tracking server {redact(uri)}: {redact(reason)} ({URI_FLAG})")
 
 
 def _unreachable(error: BaseException) -> str | None:

@@ -122,6 +122,39 @@ def test_a_record_that_is_refused_does_not_block_the_others(tmp_path: Path) -> N
     assert '"i": 3' in kept.read_text()
 
 
+def test_no_password_reaches_the_log_or_the_spool(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quoted = "request to http://alice:p@ss@host:5000/api failed"
+    refused, away = threading.Event(), threading.Event()
+
+    def deliver(records: Sequence[Record], folder: Path) -> None:
+        if not refused.is_set():
+            refused.set()
+            raise RefusedError(quoted)
+        away.set()
+        raise ConnectionError(quoted)
+
+    box = Outbox(tmp_path, deliver, receiver="r", interval_s=0.01)
+    box.put(metrics(0))
+    assert refused.wait(10)
+    box.put(metrics(1))
+    assert away.wait(10)
+    assert box.close(0.5) == 2
+    assert replay(tmp_path, deliver) == 2
+    (kept,) = tmp_path.glob("*/refused.jsonl")
+    assert caplog.text.count("http://***@host:5000/api") == 3, caplog.text
+    assert "http://***@host:5000/api" in kept.read_text()
+    assert "alice" not in caplog.text + kept.read_text()
+    assert "ss@" not in caplog.text + kept.read_text()
+
+
+def test_a_spool_that_breaks_does_not_fail_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    box = Outbox(tmp_path, Receiver(), receiver="r")
+    (segment,) = tmp_path.iterdir()
+    (segment / "records.jsonl").mkdir()  # root may read anything but this
+    assert box.close(0.2) == 0
+    assert "can't be read any more" in caplog.text
+
+
 def test_memory_is_bounded_when_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "MAX_ITEMS_IN_MEMORY", 10)
     box = Outbox(tmp_path, Receiver(), receiver="r")

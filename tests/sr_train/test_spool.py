@@ -43,6 +43,25 @@ def test_half_a_line_is_not_read(tmp_path: Path) -> None:
     assert [record["i"] for record, _ in segment.read(10)] == [0]
 
 
+def test_what_a_power_cut_left_of_the_mark_means_that_all_is_sent_again(tmp_path: Path) -> None:
+    segment = Segment.create(tmp_path)
+    segment.append({"kind": "metrics", "i": 0})
+    (segment.folder / "sent").write_text("")
+    segment.close()
+    (later,) = orphans(tmp_path)
+    assert [record["i"] for record, _ in later.read(10)] == [0]
+
+
+def test_a_spool_that_can_not_be_read_holds_nothing_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert orphans(tmp_path / "none") == []
+    assert caplog.text == ""
+    (tmp_path / "spool").write_text("a file")
+    assert orphans(tmp_path / "spool") == []
+    assert "can't be read" in caplog.text
+
+
 def test_refused_records_stay_to_be_looked_at(tmp_path: Path) -> None:
     segment = Segment.create(tmp_path)
     segment.append({"kind": "file", "path": "x.txt"}, b"content")

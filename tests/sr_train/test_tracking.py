@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +88,6 @@ def test_a_run_holds_what_it_was_given(uri: str, tmp_path: Path) -> None:
     for step in range(10):
         tracker.metrics({"loss": 1.0 / (step + 1), "psnr_db": float("nan") if step == 0 else 30.0}, step=step)
     tracker.image("samples/step-9/photo.png", IMAGE)
-    tracker.text("notes.txt", "héllo")
-    tracker.tags({"best_step": "9"})
     assert tracker.close() == 0
     finish_run(run, "FINISHED")
 
@@ -98,11 +96,9 @@ def test_a_run_holds_what_it_was_given(uri: str, tmp_path: Path) -> None:
     assert found.info.status == "FINISHED"
     assert found.data.params == {f"p{i}": str(i) for i in range(250)}
     assert found.data.tags["dataset"] == "abc"
-    assert found.data.tags["best_step"] == "9"
     assert found.data.tags["mlflow.parentRunId"] == parent.run_id
     assert history(run, "loss") == [(step, 1.0 / (step + 1)) for step in range(10)]
     assert artefact(run, "config.yaml").decode() == "seed: 0\n"
-    assert artefact(run, "notes.txt").decode() == "héllo"
     picture = Image.open(io.BytesIO(artefact(run, "samples/step-9/photo.png")))
     assert np.array_equal(np.asarray(picture), IMAGE)
     assert [it.name for it in (tmp_path / "spool" / run.run_id).iterdir()] == []
@@ -116,9 +112,9 @@ def test_a_sqlite_run_leaves_its_files_beside_the_database(tmp_path: Path, monke
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     tracker = Tracker(run, spool=tmp_path / "spool")
-    tracker.text("notes.txt", "x")
+    tracker.image("photo.png", IMAGE)
     assert tracker.close() == 0
-    assert len(list((tmp_path / "mlartifacts" / "my-experiment").rglob("notes.txt"))) == 1
+    assert len(list((tmp_path / "mlartifacts" / "my-experiment").rglob("photo.png"))) == 1
     assert list(elsewhere.iterdir()) == []
     assert run.url == f"mlflow ui --backend-store-uri {uri}"
 
@@ -233,7 +229,7 @@ def test_a_killed_worker_loses_nothing(mlflow_server: MlflowServer, refusing_ser
 import os, signal, time
 from pathlib import Path
 from sr_train.tracking import RunHandle, Tracker
-tracker = Tracker({replace(run, tracking_uri=refusing_server)!r}, spool=Path({str(tmp_path / "spool")!r}))
+tracker = Tracker(RunHandle(**{asdict(replace(run, tracking_uri=refusing_server))!r}), spool=Path("spool").absolute())
 for step in range(50):
     tracker.metrics({{"loss": float(step)}}, step=step)
 while tracker._outbox._segment.num_pending() < 50:
@@ -241,7 +237,8 @@ while tracker._outbox._segment.num_pending() < 50:
 os.kill(os.getpid(), signal.SIGKILL)
 """
     root = Path(tracking_server.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, check=False, timeout=60)
+    env = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
     restarted = Tracker(run, spool=tmp_path / "spool")
     restarted.metrics({"loss": 50.0}, step=50)
@@ -255,6 +252,22 @@ def test_the_end_of_a_run_can_be_sent_later(mlflow_server: MlflowServer, refusin
         finish_run(replace(run, tracking_uri=refusing_server), "FAILED", spool=tmp_path)
     assert replay_spool(run, tmp_path) == 0
     assert MlflowClient(mlflow_server.uri).get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_spool_that_can_not_be_written_fails_nothing(
+    uri: str, refusing_server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = new_run(uri)
+    (tmp_path / "spool").write_text("in the way")  # root may write anywhere else
+    tracker = Tracker(run, spool=tmp_path / "spool")
+    tracker.metrics({"loss": 1.0}, step=0)
+    tracker.image("a.png", IMAGE)
+    assert tracker.close() == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "training goes on" in caplog.text and str(tmp_path / "spool") in caplog.text
+    assert replay_spool(run, tmp_path / "spool") == 0
+    with pytest.raises(TrackingError):  # and no OSError
+        finish_run(replace(run, tracking_uri=refusing_server), "FAILED", spool=tmp_path / "spool")
 
 
 def test_check_accepts_what_works(uri: str, tmp_path: Path) -> None:
@@ -295,6 +308,21 @@ def test_a_deleted_experiment_is_said(uri: str) -> None:
 def test_messages_and_urls_hold_no_password() -> None:
     assert redact("https://me:secret@host:5000/x") == "https://***@host:5000/x"
     assert redact("http://host:5000") == "http://host:5000"
+    assert redact("no http://a:p@ss@h/x, nor http://h") == "no http://***@h/x, nor http://h"
+    run = RunHandle(tracking_uri="http://a:secret@h", run_id="1", experiment_id="0", run_name="r", url="http://***@h")
+    assert "secret" not in repr(run)
+
+
+def test_a_server_that_goes_away_is_said_without_its_password(
+    mlflow_server: MlflowServer, refusing_server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What MLflow and requests say quotes the whole URI."""
+    uri = refusing_server.replace("http://", "http://alice:secret@")
+    tracker = Tracker(replace(new_run(mlflow_server.uri), tracking_uri=uri), spool=tmp_path / "spool")
+    tracker.metrics({"loss": 1.0}, step=0)
+    assert tracker.close(timeout_s=3.0) == 1
+    assert refusing_server.replace("http://", "http://***@") in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_no_password_is_recorded(mlflow_server: MlflowServer) -> None:
