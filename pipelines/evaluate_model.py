@@ -6,19 +6,21 @@ A set is a folder or URI: HR/ and LR_bicubic/X2, X3, X4 below it, or any folder 
 made by bicubic).
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
 from sr_data.errors import DataError, StorageError
-from sr_data.manifest import load_manifest
+from sr_data.manifest import Manifest, load_manifest
 from sr_data.pairs import load_pair
 from sr_data.resize import upscale_bicubic
-from sr_data.storage import open_store
+from sr_data.storage import open_store, split_uri
 from sr_models.errors import ModelError
 from sr_train.checkpoint import CheckpointError
 from sr_train.cli import exit_with
@@ -29,6 +31,8 @@ from sr_train.upscaler import Upscaler, UpscalerError, open_upscaler
 from sr_train.validation import SetScore, mean_score, score_pairs
 
 USER_ERRORS = (DataError, StorageError, ModelError, CheckpointError, MetricError, UpscalerError, TrackingError)
+_FLAG_OF_TRAINING = r"--(?:data|validation)\.[\w-]+(?: \(--source of [\w.]+\))?"
+_FLAGS_OF_TRAINING = re.compile(f"{_FLAG_OF_TRAINING}(?:, {_FLAG_OF_TRAINING})*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +71,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def evaluate(options: Options) -> None:
-    """Scores each set, prints the table, writes the JSON file."""
+    """Scores each set, prints the table, writes the JSON file. What can be wrong is found before the first score."""
     protocol_named(options.protocol)
     uris = _set_uris(options.sets)
+    if options.json is not None:
+        _check_writable(options.json)
     upscaler = open_upscaler(
         options.model,
         scale=options.scale,
@@ -78,9 +84,8 @@ def evaluate(options: Options) -> None:
         self_ensemble=options.self_ensemble,
         tile_px_lr=options.tile_px_lr,
     )
-    both = [
-        _score_set(name, uri, upscaler, split=options.split, protocol=options.protocol) for name, uri in uris.items()
-    ]
+    sets = {name: _read_set(uri, split=options.split, scale=options.scale) for name, uri in uris.items()}
+    both = [_score_set(name, manifest, upscaler, protocol=options.protocol) for name, manifest in sets.items()]
     scores, bicubic = [score for score, _ in both], [baseline for _, baseline in both]
     print(score_table(options.model, scores, bicubic))
     if options.json is not None:
@@ -100,10 +105,33 @@ def _set_uris(sets: str) -> dict[str, str]:
     return uris
 
 
-def _score_set(name: str, uri: str, upscaler: Upscaler, *, split: str, protocol: str) -> tuple[SetScore, SetScore]:
+def _check_writable(uri: str) -> None:
+    """StorageError if the file can't be written: hours of scoring would have nowhere to go."""
+    store, key = split_uri(uri)
+    if "://" not in store.uri and (Path(store.uri) / key).is_dir():
+        raise StorageError(f"{uri}: is a folder, not a file (--json)")
+    try:
+        store.check_writable()
+    except StorageError as error:
+        raise StorageError(f"{error} (--json)") from error
+
+
+def _read_set(uri: str, *, split: str, scale: int) -> Manifest:
+    """Verifies every image of a set. A mean over some of them is not the set's score: DataError lists unusable ones."""
+    try:
+        manifest = load_manifest(uri, split=split, scale=scale, on_bad_image="skip")
+    except DataError as error:
+        message, replaced = _FLAGS_OF_TRAINING.subn("--sets, --split", str(error))
+        raise DataError(message if replaced else f"{message} (--sets)") from error
+    if manifest.left_out:
+        listed = "".join(f"\n  {reason}" for reason in manifest.left_out)
+        raise DataError(f"{uri}: {len(manifest.left_out)} images can't be used, repair or remove them (--sets){listed}")
+    return manifest
+
+
+def _score_set(name: str, manifest: Manifest, upscaler: Upscaler, *, protocol: str) -> tuple[SetScore, SetScore]:
     """The model's score and bicubic's; one image is in memory at a time."""
     scale = upscaler.scale
-    manifest = load_manifest(uri, split=split, scale=scale)
     store = open_store(manifest.uri)
     scores: list[ImageScore] = []
     bicubic: list[ImageScore] = []

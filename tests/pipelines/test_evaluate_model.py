@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import evaluate_model
 from pipelines.evaluate_model import main
 from sr_data.resize import crop_to_multiple, downscale_bicubic
 from sr_data.storage import open_store
@@ -121,11 +123,73 @@ def test_mistakes_are_named(evaluate, saved_model, tiny_photos, arguments, messa
     assert all(message.format(**places) in err for message in messages), err
 
 
-def test_a_file_that_is_no_image_is_named(evaluate, tiny_photos):
-    (tiny_photos / "notes.png").write_text("not an image")
-    status, _, err = evaluate("bicubic", "--sets", tiny_photos, "--scale", "2")
+@pytest.fixture
+def scored(monkeypatch):
+    """The images that were scored."""
+    names = []
+    original = evaluate_model.score_pairs
+
+    def score_pairs(upscale, pairs, **protocol):
+        scores = original(upscale, pairs, **protocol)
+        names.extend(score.name for score in scores)
+        return scores
+
+    monkeypatch.setattr(evaluate_model, "score_pairs", score_pairs)
+    return names
+
+
+def damaged(folder):
+    (folder / "notes.png").write_text("not an image")
+
+
+def all_damaged(folder):
+    for path in folder.iterdir():
+        path.write_text("not an image")
+
+
+def without_the_split(folder):
+    for split in ("train", "valid"):
+        (folder / split).mkdir()
+    for number, path in enumerate(folder.glob("*.png")):
+        path.rename(folder / ("train", "valid")[number % 2] / path.name)
+
+
+def unpaired(folder):
+    (folder / "LR_bicubic/X2").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(folder / "LR_bicubic/X2/nobodyx2.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "messages"),
+    [
+        (damaged, ["1 images can't be used", "notes.png"]),
+        (all_damaged, ["no usable image", "photo-1.png"]),
+        (without_the_split, ["has no split 'test'; it has train, valid (--sets, --split)"]),
+        (unpaired, ["nobodyx2.png"]),
+        (shutil.rmtree, ["holds no images"]),
+    ],
+)
+def test_a_bad_set_is_found_before_the_first_score_and_advises_own_flags(
+    evaluate, scored, tiny_photos, tmp_path, spoil, messages
+):
+    shutil.copytree(tiny_photos, tmp_path / "second")
+    spoil(tmp_path / "second")
+    status, _, err = evaluate("bicubic", "--sets", f"{tiny_photos},{tmp_path / 'second'}", "--scale", "2")
     assert status == 2
-    assert "notes.png" in err
+    assert all(message in err for message in [*messages, str(tmp_path / "second"), "--sets"]), err
+    assert not re.search(r"--(data|validation|source)", err), err
+    assert scored == []
+
+
+@pytest.mark.parametrize("target", ["a-file/scores.json", "a-folder"])
+def test_scores_that_could_not_be_written_are_not_made(evaluate, scored, tiny_photos, tmp_path, target):
+    (tmp_path / "a-file").write_text("in the way")
+    (tmp_path / "a-folder").mkdir()
+    status, out, err = evaluate("bicubic", "--sets", tiny_photos, "--scale", "2", "--json", tmp_path / target)
+    assert (status, out) == (2, "")
+    assert str(tmp_path / target.partition("/")[0]) in err
+    assert "--json" in err
+    assert scored == []
 
 
 def test_the_script_runs_on_its_own_and_a_mistake_is_one_line(repo, tmp_path):

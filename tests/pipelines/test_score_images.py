@@ -106,6 +106,18 @@ def test_mistakes_are_named(score, arguments, messages):
     assert all(message in err for message in messages), err
 
 
+@pytest.mark.parametrize("target", ["a-file/scores.json", "a-folder"])
+def test_scores_that_could_not_be_written_are_not_made(score, folders, tmp_path, target):
+    sr_folder, hr_folder = folders
+    (tmp_path / "a-file").write_text("in the way")
+    (tmp_path / "a-folder").mkdir()
+    flags = ("--sr", sr_folder, "--hr", hr_folder, "--scale", SCALE)
+    status, out, err = score(*flags, "--json", tmp_path / target)
+    assert (status, out) == (2, ""), "no table, so nothing was scored"
+    assert str(tmp_path / target.partition("/")[0]) in err
+    assert "--json" in err
+
+
 def test_the_script_runs_on_its_own_and_a_mistake_is_one_line(repo, tmp_path):
     command = [sys.executable, repo / "pipelines/score_images.py", "--sr", "a", "--hr", "b", "--scale", "4"]
     environment = {**os.environ, "PYTHONPATH": str(repo)}
