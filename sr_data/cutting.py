@@ -46,6 +46,7 @@ def pack_rows(geometry: Int64Array, patch_px: int) -> tuple[Int64Array, Int64Arr
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device`; to a GPU without waiting for it."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)  # the pinned block is kept until the copy is done

@@ -69,7 +69,8 @@ class SamplePlan:
         if self.global_batch_size * self.window_images > MAX_SAMPLE_SLOTS:
             raise DataError(
                 f"global_batch_size={self.global_batch_size} times window_images={self.window_images} is above the "
-                f"limit of {MAX_SAMPLE_SLOTS}; use at most {MAX_SAMPLE_SLOTS // self.global_batch_size} images in the window"
+                f"limit of {MAX_SAMPLE_SLOTS}; use at most {MAX_SAMPLE_SLOTS // self.global_batch_size} images "
+                "(--data.window-images)"
             )
 
     @property

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sr_data.pairs import DecodedPair
 
 from sr_data.errors import DataError, ImageError
+from sr_data.pairs import DecodedPair
 from sr_data.patch_pool import FeedError, PatchPool
 from sr_data.sampling import SamplePlan, draw_samples, patch_origins
 from sr_data.window import generation, image_stream
