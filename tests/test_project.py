@@ -165,6 +165,19 @@ def test_cluster_yaml_is_a_valid_cluster(repo: Path) -> None:
     assert all(node["max_workers"] <= config["max_workers"] for node in nodes.values())
 
 
+def test_the_architecture_names_every_module_and_no_other(repo: Path) -> None:
+    text = (repo / "docs" / "architecture.md").read_text()
+    rows = [row for row in text.partition("## Conventions")[0].splitlines() if "`sr_" in row]
+    named = set()
+    for row in rows:
+        folder = re.search(r"`(sr_\w+)/", row)
+        for path in re.findall(r"`([\w/]+\.py)`", row):
+            named.add(path if "/" in path or folder is None else f"{folder[1]}/{path}")
+    packages = ("sr_data", "sr_models", "sr_train")
+    modules = {path.relative_to(repo).as_posix() for name in packages for path in (repo / name).glob("[!_]*.py")}
+    assert named == modules
+
+
 def test_links_of_the_docs_lead_somewhere(repo: Path) -> None:
     pages = [repo / "README.md", *(repo / "docs").rglob("*.md")]
     broken = [
