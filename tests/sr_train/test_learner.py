@@ -15,6 +15,7 @@ from sr_models.edsr import EDSRConfig
 from sr_train.collective import Collective
 from sr_train.config import OptimConfig
 from sr_train.learner import LOSSES, NonFiniteLossError, PixelLearner
+from sr_train.presets import EDSR_PRESETS
 
 TINY = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
 CPU = torch.device("cpu")
@@ -45,6 +46,18 @@ def test_the_step_is_adam_on_the_pixel_loss() -> None:
             assert values["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
         for name, value in plain.state_dict().items():
             assert torch.allclose(value, ours.network.state_dict()[name], atol=1e-7), name
+
+
+@pytest.mark.parametrize("preset", EDSR_PRESETS)
+def test_every_preset_takes_a_step(preset: str) -> None:
+    config = EDSR_PRESETS[preset]
+    network, scale = build_model(config.model, seed=0), config.model.scale
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    ours = PixelLearner(network, config.optim, device=CPU, precision="float32", collective=Collective())
+    hr_NCHW = torch.rand(1, 3, 6 * scale, 6 * scale, generator=torch.Generator().manual_seed(0))
+    values = ours.step([(nn.functional.avg_pool2d(hr_NCHW, scale), hr_NCHW)], learning_rate=1e-4)
+    assert 0 < values["loss"] < 1
+    assert [name for name, value in ours.network.state_dict().items() if torch.equal(value, before[name])] == []
 
 
 def test_every_parameter_gets_a_gradient() -> None:
