@@ -23,7 +23,7 @@ from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
 from sr_train.ray_run import FitResult, TrainingFailedError, cluster_facts, connect, fit, pair_stream
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, claim
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim
 from sr_train.tracking import RunHandle, Status, finish_run, replay_spool, start_run
 from sr_train.tracking_server import TrackingError
 from sr_train.upscaler import UpscalerError
@@ -53,7 +53,9 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None
         connect()
         plan = make_plan(command.config, cluster_facts(), resume=command.resume, progress=_manifest_progress)
         print(describe(plan), flush=True)
-        if not command.plan_only:
+        if command.plan_only:
+            print("verdict         nothing stands against this plan; nothing was trained", flush=True)
+        else:
             _run(plan, script_started_s)
 
 
@@ -73,7 +75,8 @@ def _run(plan: Plan, script_started_s: float) -> None:
         conclusion = conclude(plan, store, tracking, result)
     except Interrupted as interrupted:
         status = "KILLED"
-        print(f"stopped by {interrupted}; go on with {again}", file=sys.stderr, flush=True)
+        newest = ckpt.latest_key(checkpoint_store(plan.run_uri)) or "the beginning: there is no checkpoint yet"
+        print(f"stopped by {interrupted}; go on, from {newest}, with {again}", file=sys.stderr, flush=True)
         raise
     except TrainingFailedError as error:
         raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {again}") from error
@@ -103,6 +106,7 @@ def _fit(plan: Plan, tracking: RunHandle | None, owner: str, git_sha: str, scrip
         stream_pairs=pair_stream(plan.config),
         script_started_s=script_started_s,
     )
+    progress.message("starting the workers: the first step takes about half a minute")
     try:
         return fit(plan, job, on_message=lambda message: _show(progress, plan, message))
     finally:
