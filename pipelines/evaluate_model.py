@@ -1,6 +1,6 @@
 """Score a model on benchmark sets, with bicubic beside it.
 
-    python pipelines/evaluate_model.py models:/edsr-x4@challenger --sets data/Set5,data/Set14 --scale 4 --json scores.json
+    python pipelines/evaluate_model.py models:/edsr-x4@challenger --sets Set5,Set14 --scale 4 --json scores.json
 
 A set is a folder or URI: HR/ and LR_bicubic/X2, X3, X4 below it, or any folder of HR images (their LR images are then
 made by bicubic).
