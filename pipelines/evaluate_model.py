@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import tyro
 from tqdm import tqdm
@@ -20,12 +19,12 @@ from sr_data.errors import DataError, StorageError
 from sr_data.manifest import Manifest, load_manifest
 from sr_data.pairs import load_pair
 from sr_data.resize import upscale_bicubic
-from sr_data.storage import open_store, split_uri
+from sr_data.storage import open_store
 from sr_models.errors import ModelError
 from sr_train.checkpoint import CheckpointError
 from sr_train.cli import exit_with
 from sr_train.metrics import PAPERS_PROTOCOL, ImageScore, MetricError, protocol_named
-from sr_train.score_report import score_table, write_scores
+from sr_train.score_report import check_scores_writable, score_table, write_scores
 from sr_train.tracking_server import TrackingError
 from sr_train.upscaler import Upscaler, UpscalerError, open_upscaler
 from sr_train.validation import SetScore, mean_score, score_pairs
@@ -75,7 +74,7 @@ def evaluate(options: Options) -> None:
     protocol_named(options.protocol)
     uris = _set_uris(options.sets)
     if options.json is not None:
-        _check_writable(options.json)
+        check_scores_writable(options.json)
     upscaler = open_upscaler(
         options.model,
         scale=options.scale,
@@ -103,17 +102,6 @@ def _set_uris(sets: str) -> dict[str, str]:
     if not uris:
         raise DataError(f"{sets!r}: names no set; give folders or URIs, separated by commas (--sets)")
     return uris
-
-
-def _check_writable(uri: str) -> None:
-    """StorageError if the file can't be written: hours of scoring would have nowhere to go."""
-    store, key = split_uri(uri)
-    if "://" not in store.uri and (Path(store.uri) / key).is_dir():
-        raise StorageError(f"{uri}: is a folder, not a file (--json)")
-    try:
-        store.check_writable()
-    except StorageError as error:
-        raise StorageError(f"{error} (--json)") from error
 
 
 def _read_set(uri: str, *, split: str, scale: int) -> Manifest:

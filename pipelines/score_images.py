@@ -9,7 +9,7 @@ baby.png. HR images are cropped to a multiple of the scale, as they are before L
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import tyro
@@ -20,10 +20,10 @@ from sr_data.catalogue import IMAGE_SUFFIXES
 from sr_data.decode import decode_image
 from sr_data.errors import DataError, ImageError, StorageError
 from sr_data.resize import crop_to_multiple, downscale_bicubic, upscale_bicubic
-from sr_data.storage import Store, open_store, split_uri
+from sr_data.storage import Store, open_store
 from sr_train.cli import exit_with
 from sr_train.metrics import PAPERS_PROTOCOL, ImageScore, MetricError, protocol_named, score_image
-from sr_train.score_report import score_table, write_scores
+from sr_train.score_report import check_scores_writable, score_table, write_scores
 from sr_train.validation import mean_score
 
 
@@ -58,7 +58,7 @@ def score(options: Options) -> None:
     if options.scale < 1:
         raise DataError(f"scale={options.scale} must be at least 1 (--scale)")
     if options.json is not None:
-        _check_writable(options.json)
+        check_scores_writable(options.json)
     sr_store, hr_store = open_store(options.sr), open_store(options.hr)
     scores: list[ImageScore] = []
     bicubic: list[ImageScore] = []
@@ -80,17 +80,6 @@ def score(options: Options) -> None:
     print(score_table(options.sr, [total], [baseline]))
     if options.json is not None:
         write_scores(options.json, [total])
-
-
-def _check_writable(uri: str) -> None:
-    """StorageError if the file can't be written: found before the scores that it is for."""
-    store, key = split_uri(uri)
-    if "://" not in store.uri and (Path(store.uri) / key).is_dir():
-        raise StorageError(f"{uri}: is a folder, not a file (--json)")
-    try:
-        store.check_writable()
-    except StorageError as error:
-        raise StorageError(f"{error} (--json)") from error
 
 
 def pair_by_name(sr_store: Store, hr_store: Store, scale: int) -> list[tuple[str, str, str]]:

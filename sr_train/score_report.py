@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from sr_data.errors import StorageError
 from sr_data.storage import split_uri
 from sr_train.validation import SetScore
 
@@ -44,3 +46,14 @@ def write_scores(uri: str, scores: Sequence[SetScore]) -> None:
     text = json.dumps([score.to_json_dict() for score in scores], indent=2, allow_nan=False, ensure_ascii=False)
     store, key = split_uri(uri)
     store.write(key, f"{text}\n".encode())
+
+
+def check_scores_writable(uri: str) -> None:
+    """StorageError if `write_scores` can't write there, found before scoring: hours of it would have nowhere to go."""
+    store, key = split_uri(uri)
+    if "://" not in store.uri and (Path(store.uri) / key).is_dir():
+        raise StorageError(f"{uri}: is a folder, not a file (--json)")
+    try:
+        store.check_writable()
+    except StorageError as error:
+        raise StorageError(f"{error} (--json)") from error
