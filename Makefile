@@ -7,9 +7,11 @@ INSTALL = UV_HTTP_TIMEOUT=300 $(UV) pip install --quiet --python $(BIN)/python
 COMPILE = uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 	--custom-compile-command "make lock"
 TYPED := sr_data sr_models sr_train pipelines
+BENCHMARKS := patch_pool training_step pipeline_overhead whole_pipeline decoding inference basicsr_feed
+DIR ?= build/benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help run check lint test test-fast format lock clean
+.PHONY: help run check lint test test-fast bench format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -30,6 +32,9 @@ test: .venv/.dev  ## all tests (ARGS="-k word" picks some)
 
 test-fast: .venv/.dev  ## without the end-to-end tests
 	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+
+bench: .venv/.dev  ## all benchmarks, small on a CPU and full on CUDA; records in build/benchmarks (DIR=…; ARGS="--rounds 3")
+	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json $(DIR)/$$name.json $(ARGS) || exit 1; echo; done
 
 format: .venv/.dev  ## rewrite the code as ruff wants it
 	$(BIN)/ruff check --fix-only --quiet .

@@ -125,7 +125,7 @@ def _score_set(name: str, manifest: Manifest, upscaler: Upscaler, *, protocol: s
     bicubic: list[ImageScore] = []
     for record in tqdm(manifest.images, desc=name, unit="image", leave=False, disable=None):
         pair = load_pair(store, record, scale)
-        scores += score_pairs(upscaler.upscale, [pair], scale=scale, protocol=protocol)
+        scores += score_pairs(upscaler.upscale_tensor, [pair], scale=scale, protocol=protocol)
         bicubic += score_pairs(partial(upscale_bicubic, scale=scale), [pair], scale=scale, protocol=protocol)
     return mean_score(name, scale, protocol, scores), mean_score(name, scale, protocol, bicubic)
 

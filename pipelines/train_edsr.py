@@ -14,13 +14,14 @@ def main(arguments: Sequence[str]) -> None:
     started_s = time.time()
     from sr_models.edsr import EDSRConfig
     from sr_train.cli import exit_with, parse_train
+    from sr_train.config import TrainConfig
     from sr_train.driver import USER_ERRORS, Interrupted, run_training
     from sr_train.presets import EDSR_PRESETS
 
     try:
         command = parse_train(
             arguments,
-            model_type=EDSRConfig,
+            config_type=TrainConfig[EDSRConfig],
             presets=EDSR_PRESETS,
             default_preset="edsr-small-x2",
             prog="train_edsr.py",

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from sr_models import edsr
+from sr_models import edsr, srresnet
 from sr_models.errors import ModelError
 from sr_models.network import ModelConfig, SRNetwork
 
@@ -25,6 +25,11 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "edsr": Architecture(config_type=edsr.EDSRConfig, network_type=edsr.EDSR, macs_per_lr_pixel=edsr.macs_per_lr_pixel),
+    "srresnet": Architecture(
+        config_type=srresnet.SRResNetConfig,
+        network_type=srresnet.SRResNet,
+        macs_per_lr_pixel=srresnet.macs_per_lr_pixel,
+    ),
 }
 
 

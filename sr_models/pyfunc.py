@@ -13,7 +13,7 @@ import torch
 from mlflow.pyfunc.model import PythonModel
 
 from sr_models.errors import ModelError
-from sr_models.inference import upscale_image
+from sr_models.inference import placed, upscale_image
 from sr_models.weights import load_model
 
 
@@ -22,8 +22,8 @@ class UpscaleImages(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Reads the weights once, when MLflow loads the model."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = load_model(Path(context.artifacts["model"])).to(device)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = placed(load_model(Path(context.artifacts["model"])), device)
 
     # `np.ndarray` is a hint that MLflow leaves alone; Any, or none, makes it warn at each load.
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:  # noqa: ARG002

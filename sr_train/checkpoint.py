@@ -6,7 +6,7 @@ write, so on object storage and on disk a checkpoint is there whole or not at al
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,10 +115,10 @@ def newest_whole(store: Store) -> str | None:
     return None
 
 
-def keep(store: Store, *, last: int, best_key: str | None) -> list[str]:
-    """Deletes all but the newest `last` checkpoints and the best one; returns what was deleted."""
+def keep(store: Store, *, last: int, spared: Collection[str]) -> list[str]:
+    """Deletes all but the newest `last` checkpoints and those spared (the best one); returns what was deleted."""
     keys = list_keys(store)
-    spare = [key for key in keys[: max(0, len(keys) - last)] if key != best_key]
+    spare = [key for key in keys[: max(0, len(keys) - last)] if key not in spared]
     for key in spare:
         store.delete(key)
     return spare

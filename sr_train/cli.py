@@ -10,7 +10,8 @@ import tyro
 
 from sr_data.errors import StorageError
 from sr_data.storage import open_store
-from sr_train.config import ConfigError, ModelT, TrainConfig, config_from_dict, config_to_dict, flatten
+from sr_train.config import ConfigT, config_from_dict, config_to_dict, flatten
+from sr_train.options import ConfigError
 from sr_train.run_folder import CONFIG_KEY
 
 # What a resumed run may change: how long, where and how watched, but nothing that earlier samples or updates depended
@@ -33,23 +34,33 @@ _MAY_CHANGE_ON_RESUME = (
     "data.decode_threads",
     "data.on_bad_image",
     "optim.total_patches",
+    # What another machine may not have; the arithmetic (precision, layout, optimiser) stays.
+    "step.compile",
+    "step.cuda_graph",
+    "step.batch_ahead",
+    # Of adversarial runs: which phases are trained now, and what is only measured.
+    "phase",
+    "perceptual.lpips_weights",
+    "watchdog.",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(Generic[ModelT]):
+class TrainCommand(Generic[ConfigT]):
     """What was asked for."""
 
-    config: TrainConfig[ModelT]
+    config: ConfigT
     plan_only: bool
     resume: bool
+    resume_name: str | None = None
+    """The --run.name by which the user goes on with it; the run's own when not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Options(Generic[ModelT]):
+class _Options(Generic[ConfigT]):
     """What the flags of a training script are."""
 
-    config: Annotated[TrainConfig[ModelT], tyro.conf.arg(name="")]
+    config: Annotated[ConfigT, tyro.conf.arg(name="")]
     preset: str
     """Named config to start from."""
     plan: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -61,24 +72,27 @@ class _Options(Generic[ModelT]):
 def parse_train(
     arguments: Sequence[str],
     *,
-    model_type: type[ModelT],
-    presets: Mapping[str, TrainConfig[ModelT]],
+    config_type: type[ConfigT],
+    presets: Mapping[str, ConfigT],
     default_preset: str,
     prog: str,
     description: str,
-) -> TrainCommand[ModelT]:
+    aliases: Mapping[str, str] | None = None,
+) -> TrainCommand[ConfigT]:
     """Exits with status 2 and the flag's name on an unknown flag or a wrong value (ConfigError for contradictory ones).
 
-    With --resume and no --preset, the saved config of --run.name is what the other flags override.
+    With --resume and no --preset, the saved config of --run.name is what the other flags override. `aliases` are
+    shorter names of flags.
     """
+    arguments = [_unaliased(argument, aliases or {}) for argument in arguments]
     preset = _given(arguments, "--preset")
     if preset is not None and preset not in presets:
         raise ConfigError(f"--preset {preset!r} is unknown; there are: {', '.join(presets)}")
     base = presets[preset or default_preset]
 
-    def parse(default: TrainConfig[ModelT]) -> _Options[ModelT]:
+    def parse(default: ConfigT) -> _Options[ConfigT]:
         return tyro.cli(
-            _Options[model_type],  # type: ignore[valid-type]
+            _Options[config_type],  # type: ignore[valid-type]
             default=_Options(config=default, preset=preset or default_preset),
             args=list(arguments),
             prog=prog,
@@ -86,7 +100,7 @@ def parse_train(
         )
 
     # Before the other flags are parsed: they override what the run was begun with, not a preset.
-    saved = _saved_config(arguments, base, model_type) if "--resume" in arguments else None
+    saved = _saved_config(arguments, base, config_type) if "--resume" in arguments else None
     options = parse(saved if saved is not None and preset is None else base)
     config = options.config
     if saved is not None:
@@ -100,6 +114,11 @@ def parse_train(
     return TrainCommand(config=config, plan_only=options.plan, resume=options.resume)
 
 
+def _unaliased(argument: str, aliases: Mapping[str, str]) -> str:
+    flag, equals, value = argument.partition("=")
+    return f"{aliases.get(flag, flag)}{equals}{value}"
+
+
 def _given(arguments: Sequence[str], flag: str) -> str | None:
     for index, argument in enumerate(arguments):
         if argument == flag and index + 1 < len(arguments):
@@ -109,9 +128,7 @@ def _given(arguments: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def _saved_config(
-    arguments: Sequence[str], base: TrainConfig[ModelT], model_type: type[ModelT]
-) -> TrainConfig[ModelT] | None:
+def _saved_config(arguments: Sequence[str], base: ConfigT, config_type: type[ConfigT]) -> ConfigT | None:
     """The config that a run of that name left in its folder; None if there is no such run yet."""
     name = _given(arguments, "--run.name") or base.run.name
     try:
@@ -125,14 +142,14 @@ def _saved_config(
     if text is None:
         return None
     try:
-        return config_from_dict(model_type, json.loads(text))
+        return config_from_dict(config_type, json.loads(text))
     except ValueError as error:  # no JSON, or not of this version
         raise ConfigError(
             f"{storage.uri_of(key)}: --resume needs this run's config and can't read it: {error}"
         ) from error
 
 
-def _resumed(saved: TrainConfig[ModelT], asked: TrainConfig[ModelT]) -> TrainConfig[ModelT]:
+def _resumed(saved: ConfigT, asked: ConfigT) -> ConfigT:
     """What the plan had resolved is kept where samples or sums depend on it, and left open where it no longer fits."""
     run, data = asked.run, asked.data
     if run.num_workers != saved.run.num_workers:
@@ -150,7 +167,7 @@ def _resumed(saved: TrainConfig[ModelT], asked: TrainConfig[ModelT]) -> TrainCon
     return replace(asked, run=run, data=data, tracking=tracking)
 
 
-def _require_same_run(saved: TrainConfig[ModelT], asked: TrainConfig[ModelT]) -> None:
+def _require_same_run(saved: ConfigT, asked: ConfigT) -> None:
     before, after = flatten(config_to_dict(saved)), flatten(config_to_dict(asked))
     changed = [
         f"--{name.replace('_', '-')} {after[name]} (was {before[name]})"

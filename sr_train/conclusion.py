@@ -17,10 +17,9 @@ from sr_models.architectures import build_model
 from sr_models.inference import upscale_image
 from sr_models.weights import save_model
 from sr_train import checkpoint as ckpt
-from sr_train.config import RunConfig
 from sr_train.loop import Position
-from sr_train.metrics import score_image
-from sr_train.model_registry import RegisteredVersion, register_model
+from sr_train.model_registry import NOT_PROMOTABLE_TAG, RegisteredVersion, register_model
+from sr_train.options import RunConfig
 from sr_train.plan import Plan
 from sr_train.ray_run import FitResult
 from sr_train.run_folder import COMPARISON_KEY, RESULT_KEY, checkpoint_store
@@ -38,6 +37,8 @@ class Conclusion:
     """What to tell the user."""
 
     report: str
+    best_checkpoint: str
+    """Its URI."""
     not_registered: str | None
     """Why the model could not be registered; None if it was, or if there is no tracking server."""
 
@@ -83,14 +84,15 @@ def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitRe
             problem = str(error)
         else:
             store.write(RESULT_KEY, json.dumps(summary | {"registered": asdict(version)}, indent=2).encode())
-    return Conclusion(report=_report(plan, store, tracking, uri, version, result), not_registered=problem)
+    report = _report(plan, store, tracking, uri, version, result)
+    return Conclusion(report=report, best_checkpoint=uri, not_registered=problem)
 
 
 def resume_flags(plan: Plan) -> str:
     """The flags that go on with this run."""
     run = plan.config.run
     storage = f" --run.storage {run.storage}" if run.storage != open_store(RunConfig().storage).uri else ""
-    return f"--resume --run.name {run.name}{storage}"
+    return f"--resume --run.name {plan.resume_name}{storage}"
 
 
 def _comparison_png(plan: Plan, checkpoint: ckpt.Checkpoint) -> bytes:
@@ -102,11 +104,13 @@ def _comparison_png(plan: Plan, checkpoint: ckpt.Checkpoint) -> bytes:
     scale, protocol = plan.validation.scale, plan.config.validation.protocol
     pair = _middle(load_pair(open_store(plan.validation.uri), record, scale), _PICTURE_PX_LR, scale)
     sr_HWC = upscale_image(network.eval(), pair.lr_HWC)
-    bicubic_db, sr_db = (
-        score_image(image_HWC, pair.hr_HWC, scale=scale, protocol=protocol).psnr_db
-        for image_HWC in (upscale_bicubic(pair.lr_HWC, scale), sr_HWC)
-    )
-    return encode_png(side_by_side(pair, sr_HWC, bicubic_db, sr_db))
+    upscaled = {"bicubic": upscale_bicubic(pair.lr_HWC, scale)}
+    if (reference := plan.assets.reference) is not None:
+        other = build_model(reference.config)
+        other.load_state_dict(dict(reference.state))
+        upscaled[reference.title] = upscale_image(other.eval(), pair.lr_HWC)
+    upscaled[plan.assets.title] = sr_HWC
+    return encode_png(side_by_side(pair, upscaled, scale=scale, protocol=protocol))
 
 
 def _middle(pair: DecodedPair, side_px_lr: int, scale: int) -> DecodedPair:
@@ -135,7 +139,12 @@ def _register(
         "ssim": f"{values['ssim']:.4f}",
         "bicubic_psnr_db": f"{values['bicubic_psnr_db']:.4f}",
         "checkpoint": uri,
+        **plan.assets.tags,
     }
+    if "lpips" in values:
+        tags["lpips"] = f"{values['lpips']:.4f}"
+    if plan.assets.not_promotable is not None:
+        tags[NOT_PROMOTABLE_TAG] = plan.assets.not_promotable
     record = min(plan.validation.images, key=lambda record: record.name)
     pair = load_pair(open_store(plan.validation.uri), record, plan.validation.scale)
     with TemporaryDirectory(prefix="sr-model-") as folder:
@@ -146,6 +155,7 @@ def _register(
             name=plan.config.tracking.register_as or "",
             tags=tags,
             sample_lr_HWC=pair.lr_HWC[:_SAMPLE_PX_LR, :_SAMPLE_PX_LR].copy(),
+            alias=None if plan.assets.not_promotable is not None else "challenger",
         )
 
 
@@ -154,9 +164,13 @@ def _report(
 ) -> str:
     values, measures = result.position.best or {}, result.measures
     gain_db = values["psnr_db"] - values["bicubic_psnr_db"]
-    score = f"PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f} at step {values['step']}"
+    lpips = f", LPIPS {values['lpips']:.4f}" if "lpips" in values else ""
+    score = f"PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f}{lpips} at step {values['step']}"
     bicubic = f"{values['bicubic_psnr_db']:.2f} dB, {values['bicubic_ssim']:.4f}"
-    rows = [("best", f"{score}; bicubic {bicubic} ({gain_db:+.2f} dB; {plan.config.validation.protocol})")]
+    chosen = "newest" if plan.assets.best_by == "newest" else "best"
+    rows = [(chosen, f"{score}; bicubic {bicubic} ({gain_db:+.2f} dB; {plan.config.validation.protocol})")]
+    if values["step"] == 0:  # only a run that goes on with a finished network is validated before its first step
+        rows.append(("WARNING", "no checkpoint was better than the network that this run began with: it is unchanged"))
     if measures:
         rows += [
             (
@@ -172,7 +186,15 @@ def _report(
         ("MLflow run", f"{tracking.run_name}  {tracking.url}" if tracking else "none: the server was not reachable"),
         (
             "registered",
-            f"{version.uri} ({version.name}@challenger)" if version else f"no: {resume_flags(plan)} does it",
+            _registered(plan, version),
         ),
     ]
     return "\n".join(f"{name:<10}  {text}" for name, text in rows)
+
+
+def _registered(plan: Plan, version: RegisteredVersion | None) -> str:
+    if version is None:
+        return f"no: {resume_flags(plan)} does it"
+    if plan.assets.not_promotable is not None:
+        return f"{version.uri}, without an alias: {plan.assets.not_promotable}"
+    return f"{version.uri} ({version.name}@challenger)"

@@ -16,8 +16,9 @@ from sr_models.errors import ModelError
 from sr_train import checkpoint as ckpt
 from sr_train.cli import TrainCommand
 from sr_train.conclusion import conclude, finished_result, resume_flags
-from sr_train.config import ConfigError, config_to_dict, flatten
+from sr_train.config import config_to_dict, flatten
 from sr_train.mailbox import Message
+from sr_train.options import ConfigError
 from sr_train.plan import Plan, PlanError, make_plan
 from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
@@ -42,24 +43,35 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(number).name)
 
 
-def run_training(command: TrainCommand[Any], *, script_started_s: float) -> None:
+def run_training(command: TrainCommand[Any], *, script_started_s: float) -> str | None:
     """Runs the plan on the cluster, from wherever the run stands, and registers its best checkpoint. Prints what it
-    does.
+    does, and returns that checkpoint's URI; None if it was only to plan.
 
     Raises PlanError before training, TrainingFailedError, TrackingError (the model is trained and saved but could not
     be registered; `--resume` registers it), Interrupted.
     """
     with _interruptible():
-        connect()
-        plan = make_plan(command.config, cluster_facts(), resume=command.resume, progress=_manifest_progress)
+        plan = plan_training(command)
         print(describe(plan), flush=True)
-        if command.plan_only:
-            print("verdict         nothing stands against this plan; nothing was trained", flush=True)
-        else:
-            _run(plan, script_started_s)
+        if not command.plan_only:
+            return _run(plan, script_started_s)
+        print("verdict         nothing stands against this plan; nothing was trained", flush=True)
+        return None
 
 
-def _run(plan: Plan, script_started_s: float) -> None:
+def plan_training(command: TrainCommand[Any]) -> Plan:
+    """What the command would do; connects to the cluster. PlanError lists what stands against it."""
+    connect()
+    return make_plan(
+        command.config,
+        cluster_facts(),
+        resume=command.resume,
+        resume_name=command.resume_name,
+        progress=_manifest_progress,
+    )
+
+
+def _run(plan: Plan, script_started_s: float) -> str:
     store = open_store(plan.run_uri)
     owner = claim(store)
     fingerprints = {"train": plan.train.fingerprint, "validation": plan.validation.fingerprint}
@@ -70,7 +82,10 @@ def _run(plan: Plan, script_started_s: float) -> None:
     status: Status = "FAILED"
     again = resume_flags(plan)
     try:
-        result = finished_result(plan) or _fit(plan, tracking, owner, facts["git_sha"], script_started_s)
+        job = make_job(
+            plan, tracking=tracking, owner=owner, git_sha=facts["git_sha"], script_started_s=script_started_s
+        )
+        result = finished_result(plan) or _fit(plan, job)
         status = "FINISHED"
         conclusion = conclude(plan, store, tracking, result)
     except Interrupted as interrupted:
@@ -89,11 +104,12 @@ def _run(plan: Plan, script_started_s: float) -> None:
             f"the model is trained and saved, but not registered: {conclusion.not_registered}\n"
             f"When that is mended, {again} registers it"
         )
+    return conclusion.best_checkpoint
 
 
-def _fit(plan: Plan, tracking: RunHandle | None, owner: str, git_sha: str, script_started_s: float) -> FitResult:
-    progress = Progress(total_steps=plan.config.optim.total_steps)
-    job = Job(
+def make_job(plan: Plan, *, tracking: RunHandle | None, owner: str, git_sha: str, script_started_s: float) -> Job:
+    """What the plan's workers are told."""
+    return Job(
         config=plan.config,
         train=plan.train,
         validation=plan.validation,
@@ -103,9 +119,14 @@ def _fit(plan: Plan, tracking: RunHandle | None, owner: str, git_sha: str, scrip
         git_sha=git_sha,
         tracking=tracking,
         init_state=plan.initial_weights.state if plan.initial_weights is not None else None,
+        assets=plan.assets,
         stream_pairs=pair_stream(plan.config),
         script_started_s=script_started_s,
     )
+
+
+def _fit(plan: Plan, job: Job) -> FitResult:
+    progress = Progress(total_steps=plan.config.optim.total_steps)
     progress.message("starting the workers: the first step takes about half a minute")
     try:
         return fit(plan, job, on_message=lambda message: _show(progress, plan, message))
@@ -129,10 +150,13 @@ def _show(progress: Progress, plan: Plan, message: Message) -> None:
         )
     elif kind == "validation":
         best = ", best so far" if values["is_best"] else ""
+        lpips = f", LPIPS {values['lpips']:.4f}" if "lpips" in values else ""
         progress.message(
-            f"step {values['step']}: PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f} "
+            f"step {values['step']}: PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f}{lpips} "
             f"({values['psnr_db'] - values['bicubic_psnr_db']:+.2f} dB to bicubic, {values['protocol']}){best}"
         )
+    elif kind == "recovery":
+        progress.message(f"step {values['step']}: {values['message']}")
     elif kind == "start" and values["checkpoint"] is not None:
         progress.message(f"going on from step {values['step']} ({values['checkpoint']})")
 
@@ -160,6 +184,7 @@ def _start_tracking(plan: Plan, store: Store, facts: Mapping[str, str]) -> RunHa
             "dataset": plan.train.uri,
             "dataset_fingerprint": plan.train.fingerprint,
             "validation_fingerprint": plan.validation.fingerprint,
+            **plan.assets.tags,
             "run_uri": plan.run_uri,
         },
         texts={"config.json": json.dumps(config, indent=2), "plan.txt": describe(plan)},

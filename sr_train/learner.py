@@ -4,39 +4,47 @@ The loop knows a method only by the `Learner` protocol. `PixelLearner` (one netw
 every other network that is trained that way; an adversarial method is another Learner.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from sr_train.averages import Averages
 from sr_train.collective import Collective
-from sr_train.config import OptimConfig
+from sr_train.graphed_step import Batch, GraphedStep
+from sr_train.optimizer import FiniteGuard, Updater, backward
+from sr_train.options import OptimConfig
+from sr_train.parallel_network import CompileFallback, ParallelNetwork
+from sr_train.step_mode import StepMode
 
 State = dict[str, dict[str, torch.Tensor]]
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 LOSSES = {"l1": nn.functional.l1_loss, "mse": nn.functional.mse_loss}
 """Pixel losses on RGB in [0, 1]; EDSR: L1 (Lim et al. 2017, section 4.2), SRCNN, VDSR, SRResNet: MSE."""
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss or a gradient became infinite or NaN on some worker; raised on every worker, before the optimiser's
-    step.
+    """A loss or a gradient became infinite or NaN on some worker; raised on every worker. The weights are those before
+    that step.
     """
 
 
 class Learner(Protocol):
     """All tensors of a method. Every worker holds the same state after every step."""
 
-    def step(self, batches: Sequence[Batch], *, learning_rate: float) -> dict[str, float]:
-        """One optimiser step from this worker's micro-batches (lr_NCHW, hr_NCHW, float32 in [0, 1]); losses averaged
-        over workers.
+    def step(self, batches: Sequence[Batch], *, learning_rate: float) -> None:
+        """One optimiser step from this worker's micro-batches (lr_NCHW, hr_NCHW), float32 in [0, 1]. Doesn't wait for a
+        GPU.
+        """
+        ...
 
-        Raises NonFiniteLossError, with the weights untouched.
+    def report(self) -> dict[str, float]:
+        """Losses and the like, averaged over workers and the steps since the last report; waits for the GPU.
+
+        All workers call it after the same step. Raises NonFiniteLossError if one of those steps was bad: from that step
+        on no weight has changed.
         """
         ...
 
@@ -54,7 +62,7 @@ class Learner(Protocol):
 
 
 class PixelLearner:
-    """One network trained on one pixel loss with Adam (AdamW when weight decay is asked for)."""
+    """One network trained on one pixel loss."""
 
     def __init__(
         self,
@@ -62,117 +70,68 @@ class PixelLearner:
         config: OptimConfig,
         *,
         device: torch.device,
-        precision: str,
+        mode: StepMode,
         collective: Collective,
     ):
-        self.network = network.to(device).train()
-        self._config, self._device, self._collective = config, device, collective
-        self._autocast = precision == "bf16"
+        self._collective = collective
         self._loss = LOSSES[config.loss]
-        self._average = copy.deepcopy(self.network).eval() if config.ema_decay is not None else None
-        self._optimizer = make_optimizer(self.network, config, device)
-        self._parallel: nn.Module = self.network
-        if collective.world_size > 1:
-            # DDP regroups its buckets after the first backward pass, and with three and more workers the grouping
-            # decides the order in which a ring all-reduce adds. Looking for unused parameters keeps the first grouping,
-            # so that a resumed run adds in the same order as one that was never stopped. On CUDA sums are not
-            # repeatable anyway, and the regrouped buckets overlap better.
-            self._parallel = DistributedDataParallel(
-                self.network,
-                device_ids=[device] if device.type == "cuda" else None,
-                find_unused_parameters=device.type == "cpu",
-            )
+        self._parallel = ParallelNetwork(network, mode=mode, device=device, collective=collective)
+        self.network = self._parallel.network
+        self._guard = FiniteGuard(device)
+        self._updater = Updater(
+            self.network,
+            config,
+            device=device,
+            fused=mode.fused_optimizer,
+            guard=self._guard,
+            ema_decay=config.ema_decay,
+        )
+        self._averages = Averages(("loss", "grad_norm"), device)
+        work = CompileFallback(self._work, (self._parallel,), mode)
+        self._graphed = GraphedStep(work, graph=mode.cuda_graph)
 
-    def step(self, batches: Sequence[Batch], *, learning_rate: float) -> dict[str, float]:
-        self._optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self._device)
+    def step(self, batches: Sequence[Batch], *, learning_rate: float) -> None:
+        self._updater.set_learning_rate(learning_rate)
+        self._graphed(batches)
+
+    def _work(self, batches: Sequence[Batch]) -> None:
+        """All that happens on the device."""
+        self._updater.zero_grad()
+        losses = []
         for index, (lr_NCHW, hr_NCHW) in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last or self._collective.world_size == 1 else self._parallel.no_sync():  # type: ignore[operator]
-                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-                    sr_NCHW = self._parallel(lr_NCHW)
-                loss = self._loss(sr_NCHW.float(), hr_NCHW) / len(batches)
-                loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        loss_value = float(self._collective.mean(total))
-        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
-        grad_norm = float(norm)
-        if not (torch.isfinite(norm) and abs(loss_value) < float("inf")):
-            raise NonFiniteLossError(f"loss {loss_value}, gradient norm {grad_norm}, learning rate {learning_rate:.3g}")
-        if self._config.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.network.parameters(), self._config.clip_grad_norm, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        self._update_average()
-        return {"loss": loss_value, "grad_norm": grad_norm}
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else self._parallel.without_exchange():
+                loss = self._loss(self._parallel(lr_NCHW), hr_NCHW) / len(batches)
+                backward(loss)
+            losses.append(loss.detach())
+        norm = self._updater.step()
+        self._guard.end_step()
+        self._averages.add({"loss": torch.stack(losses).sum(), "grad_norm": norm})
 
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        if self._average is None or self._config.ema_decay is None:
-            return
-        averaged, current = list(self._average.parameters()), list(self.network.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - self._config.ema_decay)  # type: ignore[arg-type]
-        for target, source in zip(self._average.buffers(), self.network.buffers(), strict=True):
-            target.copy_(source)
+    def report(self) -> dict[str, float]:
+        values = self._averages.read(self._collective)
+        num_good_steps = self._guard.read()
+        if num_good_steps is not None:
+            raise NonFiniteLossError(
+                f"loss {values['loss']}, gradient norm {values['grad_norm']} after {num_good_steps} good steps since "
+                "the last report"
+            )
+        return values
 
     def inference_network(self) -> nn.Module:
-        return self.network if self._average is None else self._average
+        return self.network if self._updater.average is None else self._updater.average
 
     def state(self) -> State:
         groups: State = {"model": dict(self.network.state_dict())}
-        if self._average is not None:
-            groups["ema"] = dict(self._average.state_dict())
-        groups["optimizer"] = optimizer_tensors(self.network, self._optimizer)
+        if self._updater.average is not None:
+            groups["ema"] = dict(self._updater.average.state_dict())
+        groups["optimizer"] = self._updater.state()
         return groups
 
     def load_state(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         self.network.load_state_dict(dict(state["model"]))
-        if self._average is not None:
-            self._average.load_state_dict(dict(state["ema"]))
-        load_optimizer_tensors(self.network, self._optimizer, state.get("optimizer", {}))
-
-
-def make_optimizer(network: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba 2015), or AdamW (Loshchilov & Hutter 2019) when weight_decay > 0; the learning rate is set at
-    every step.
-    """
-    kind = torch.optim.AdamW if config.weight_decay > 0 else torch.optim.Adam
-    return kind(
-        network.parameters(),
-        lr=0.0,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
-    )
-
-
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's tensors as PARAMETER/ENTRY: names, not positions, so that a reordered module can't mix them
-    up.
-    """
-    return {
-        f"{name}/{entry}": value
-        for name, parameter in network.named_parameters()
-        for entry, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer_tensors(
-    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """The inverse of `optimizer_tensors`; through load_state_dict, which moves each tensor to where its parameter
-    is.
-    """
-    per_name: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("/")
-        per_name.setdefault(name, {})[entry] = value
-    names = [name for name, _ in network.named_parameters()]
-    unknown = sorted(set(per_name) - set(names))
-    if unknown:
-        raise ValueError(f"optimiser state for parameters that the network does not have: {', '.join(unknown)}")
-    saved = optimizer.state_dict()
-    saved["state"] = {index: per_name[name] for index, name in enumerate(names) if name in per_name}
-    optimizer.load_state_dict(saved)
+        if self._updater.average is not None:
+            self._updater.average.load_state_dict(dict(state["ema"]))
+        self._updater.load_state(state.get("optimizer", {}))
+        self._guard.reset()
+        self._graphed.forget()

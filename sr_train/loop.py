@@ -1,52 +1,65 @@
 """The training loop: from a position to the end of the budget, with validations and checkpoints on the way.
 
     for step in position … total_steps:
-        batches ← pool(step)                      a pure function of (seed, step): nothing to replay after a restart
+        batches ← feed(step)                      a pure function of (seed, step): nothing to replay after a restart
         learner.step(batches, learning_rate(patches seen))
+        about every second:  losses, read from the device in one go → do they collapse? → back to the last checkpoint
         every validation interval:  scores → is it the best? → early stop?
-        every checkpoint interval and after each validation:  everything → one atomic file
+        every checkpoint interval and after each validation:  everything → one atomic file, written meanwhile
 
 It knows neither Ray nor MLflow: data, validation, storage and reporting reach it as arguments. Every worker runs it, in
-step.
+step; nothing in it waits for the device but reports, validations and checkpoints.
 """
 
-import logging
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
+from sr_data.batch_feed import BatchFeed
 from sr_data.errors import StorageError
 from sr_data.storage import Store
 from sr_train import checkpoint as ckpt
+from sr_train.checkpoint_writer import CheckpointWriter, Written
 from sr_train.collective import Collective
-from sr_train.config import OptimConfig, ScheduleConfig
-from sr_train.learner import Learner
+from sr_train.learner import Learner, NonFiniteLossError
+from sr_train.options import OptimConfig, ScheduleConfig
 from sr_train.schedule import learning_rate_at
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint could not be written; raised on every worker. Earlier checkpoints are as they were."""
-
-
-class BatchSource(Protocol):
-    """This worker's part of every batch, as `sr_data.patch_pool.PatchPool` gives it."""
-
-    def batch(self, step: int, micro: int = 0, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor]: ...
+    """A checkpoint could not be written; raised on every worker, at the next checkpoint or the end. Earlier checkpoints
+    are as they were.
+    """
 
 
 class Observer(Protocol):
     """Hears what happens; called on every worker, and free to do nothing on all but one."""
 
     def on_steps(self, values: Mapping[str, float], *, step: int, num_steps: int, seconds: float) -> None:
-        """Averages of the last `num_steps` steps: loss, learning_rate, grad_norm, patches_per_s, data_wait_share."""
+        """Averages of the last `num_steps` steps: the learner's, learning_rate, patches_per_s, data_wait_share."""
 
     def on_validation(self, values: Mapping[str, float], *, step: int, is_best: bool) -> None: ...
 
-    def on_checkpoint(self, key: str, *, step: int, seconds: float) -> None: ...
+    def on_checkpoint(self, key: str, *, step: int, seconds: float, stalled_s: float) -> None:
+        """A checkpoint is in storage, `seconds` after it was begun; training stood still for `stalled_s` of them."""
+
+    def on_recovery(self, message: str, *, step: int) -> None:
+        """Training collapsed and went back to an earlier checkpoint's weights."""
+
+
+class Watchdog(Protocol):
+    """Sees when a method's training collapses, and knows how to go on. It judges alike on every worker."""
+
+    def judge(self, values: Mapping[str, float], *, step: int) -> str | None:
+        """What is wrong with a report's or a validation's values; None if nothing is."""
+
+    def recover(self, saved: Mapping[str, Mapping[str, torch.Tensor]], *, step: int, reason: str) -> str:
+        """Puts the learner back to a checkpoint's state, made gentler; says what it did. Raises if it was too often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +74,19 @@ class LoopPlan:
     early_stop_after: int | None
     early_stop_min_gain_db: float
     report_interval_s: float = 1.0
-    metric: str = "psnr_db"
-    """Which of the validation's values is the one to maximise."""
+    best_by: Literal["psnr", "lpips", "newest"] = "psnr"
+    """What makes a validated checkpoint the best, and counts as a gain for the early stop."""
 
     def patches_at(self, step: int) -> int:
         return step * self.optim.global_batch_size
+
+    def score(self, values: Mapping[str, float], step: int) -> float:
+        """What the best checkpoint has most of."""
+        if self.best_by == "newest":
+            return step
+        if self.best_by == "psnr":
+            return values["psnr_db"]
+        return -values.get("lpips", math.inf)  # a run that went on where LPIPS can be had compares from there on
 
     def is_due(self, interval_patches: int, step: int) -> bool:
         """Whether a multiple of the interval was passed by the step that ended at `step`, or the budget ended."""
@@ -81,161 +102,214 @@ class Position:
     best: Mapping[str, Any] | None = None
     """step, key, the validation's values of the best checkpoint so far; None before the first validation."""
     validations_without_gain: int = 0
+    good_step: int | None = None
+    """Of the last validation that nothing was wrong with: its checkpoint is what a collapse goes back to."""
 
     def to_meta(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "best": dict(self.best) if self.best else None,
             "validations_without_gain": self.validations_without_gain,
+            "good_step": self.good_step,
         }
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> "Position":
         return cls(
-            step=meta["step"], best=meta["best"], validations_without_gain=meta.get("validations_without_gain", 0)
+            step=meta["step"],
+            best=meta["best"],
+            validations_without_gain=meta.get("validations_without_gain", 0),
+            good_step=meta.get("good_step"),
         )
 
 
 @dataclass(kw_only=True)
 class _Window:
-    """Sums since the last report."""
+    """The time and the steps since the last report, and after how many steps the next one is due."""
 
+    interval_s: float
+    due_after: int = 1
     started_s: float = field(default_factory=time.perf_counter)
     steps: int = 0
-    waited_s: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
+    learning_rates: float = 0.0
 
-    def add(self, values: Mapping[str, float], waited_s: float) -> None:
+    def add(self, learning_rate: float) -> None:
         self.steps += 1
-        self.waited_s += waited_s
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.learning_rates += learning_rate
 
-    @property
-    def elapsed_s(self) -> float:
-        return max(time.perf_counter() - self.started_s, 1e-9)
-
-    def report(self, global_batch_size: int) -> dict[str, float]:
-        elapsed_s = self.elapsed_s
-        means = {name: total / self.steps for name, total in self.sums.items()}
-        return means | {
-            "patches_per_s": self.steps * global_batch_size / elapsed_s,
-            "data_wait_share": self.waited_s / elapsed_s,
-        }
+    def next(self, seconds: float) -> "_Window":
+        """The window after one that took `seconds` on rank 0: reports are collective, so all workers count alike. It
+        grows slowly, since the first steps compile and wait for images.
+        """
+        fitting = int(self.interval_s * self.steps / max(seconds, 1e-9))
+        return _Window(interval_s=self.interval_s, due_after=max(1, min(fitting, 4 * self.due_after)))
 
 
 def train(
     plan: LoopPlan,
     *,
     learner: Learner,
-    source: BatchSource,
+    feed: BatchFeed,
     validate: Callable[[nn.Module, int], Mapping[str, float]],
     store: Store,
     meta: Mapping[str, Any],
     position: Position,
     observer: Observer,
     collective: Collective,
+    watchdog: Watchdog | None = None,
 ) -> Position:
     """Trains from `position` to the end of the budget (or an early stop) and returns where it ended.
 
-    `validate(network, step)` returns the same values on every worker, `plan.metric` among them. `meta` goes into each
-    checkpoint beside the position. Raises NonFiniteLossError, CheckpointWriteError, and whatever `source` and
-    `validate` raise.
+    `validate(network, step)` returns the same values on every worker. `meta` goes into each
+    checkpoint beside the position. Raises NonFiniteLossError, CheckpointWriteError, and whatever `feed`, `validate` and
+    `watchdog` raise.
     """
-    optim = plan.optim
-    window = _Window()
-    first_step = position.step + 1
-    while position.step < optim.total_steps and not _stops_early(plan, position):
-        patches_seen = plan.patches_at(position.step)
-        learning_rate = learning_rate_at(plan.schedule, patches_seen=patches_seen, total_patches=optim.total_patches)
-        # A network with randomness of its own (dropout) draws the same numbers after a restart: no generator state to
-        # save.
-        torch.manual_seed(((optim.seed * 1_000_003 + position.step) * 1_009 + collective.rank) % 2**63)
-        asked_s = time.perf_counter()
-        num_micro = optim.accumulation_steps
-        batches = [source.batch(position.step, micro, num_micro) for micro in range(num_micro)]
-        waited_s = time.perf_counter() - asked_s
-        values = learner.step(batches, learning_rate=learning_rate)
-        window.add(values | {"learning_rate": learning_rate}, waited_s)
+    writer = CheckpointWriter(store, keep_last=plan.keep_last)
+    try:
+        return _Run(plan, learner, feed, validate, store, writer, meta, observer, collective, watchdog).train(position)
+    finally:
+        writer.close()
 
-        step = position.step + 1
-        position = Position(step=step, best=position.best, validations_without_gain=position.validations_without_gain)
-        validation_due = plan.is_due(plan.validation_interval_patches, step)
-        checkpoint_due = validation_due or plan.is_due(plan.checkpoint_interval_patches, step)
-        if step == first_step or checkpoint_due or window.elapsed_s >= plan.report_interval_s:
-            observer.on_steps(
-                window.report(optim.global_batch_size), step=step, num_steps=window.steps, seconds=window.elapsed_s
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of a run, so that its functions take what changes: the position."""
+
+    plan: LoopPlan
+    learner: Learner
+    feed: BatchFeed
+    validate: Callable[[nn.Module, int], Mapping[str, float]]
+    store: Store
+    writer: CheckpointWriter
+    meta: Mapping[str, Any]
+    observer: Observer
+    collective: Collective
+    watchdog: Watchdog | None
+
+    def train(self, position: Position) -> Position:
+        plan, optim = self.plan, self.plan.optim
+        if self.watchdog is not None and position.step == 0:
+            # What training is compared with, and goes back to, from the first step on.
+            position, _ = self._validated(position)
+            self._save(position)
+        window = _Window(interval_s=plan.report_interval_s)
+        while position.step < optim.total_steps and not _stops_early(plan, position):
+            learning_rate = learning_rate_at(
+                plan.schedule, patches_seen=plan.patches_at(position.step), total_patches=optim.total_patches
             )
-            window = _Window()
-        if validation_due:
-            position = _validated(plan, position, learner, validate, observer)
-        if checkpoint_due:
-            _save(plan, position, learner, store, meta, observer, collective)
-            window = _Window()
-    if position.best is None:  # the budget was cut to what a checkpoint without a validation had reached
-        position = _validated(plan, position, learner, validate, observer)
-        _save(plan, position, learner, store, meta, observer, collective)
-    return position
+            # A network with randomness of its own (dropout) draws the same numbers after a restart: no generator state
+            # to save.
+            torch.manual_seed(((optim.seed * 1_000_003 + position.step) * 1_009 + self.collective.rank) % 2**63)
+            self.learner.step(self.feed.take(position.step), learning_rate=learning_rate)
+            window.add(learning_rate)
+            step = position.step + 1
+            position = replace(position, step=step)
+            if step < optim.total_steps:
+                self.feed.prepare(step)
+
+            validation_due = plan.is_due(plan.validation_interval_patches, step)
+            checkpoint_due = validation_due or plan.is_due(plan.checkpoint_interval_patches, step)
+            if not checkpoint_due and window.steps < window.due_after:
+                continue
+            seconds, fault = self._report(window, step)
+            if validation_due and fault is None:
+                position, fault = self._validated(position)
+            window = window.next(seconds)  # what training stands still for a checkpoint counts, a validation does not
+            if fault is not None:
+                self._recover(position, fault)
+                self._save(position)  # else a worker lost now would go back to the collapse
+            elif checkpoint_due:
+                self._save(position)
+        if position.best is None:  # the budget was cut to what a checkpoint without a validation had reached
+            position, _ = self._validated(position)
+            self._save(position)
+        self._finish_write()
+        return position
+
+    def _report(self, window: _Window, step: int) -> tuple[float, str | None]:
+        """Tells how the window went: its seconds on rank 0, and what the watchdog finds wrong."""
+        try:
+            values = self.learner.report()
+        except NonFiniteLossError as error:
+            if self.watchdog is None:
+                raise NonFiniteLossError(
+                    f"{error}; learning rate {window.learning_rates / window.steps:.3g}"
+                ) from error
+            return self.collective.first(time.perf_counter() - window.started_s), str(error)
+        seconds = max(time.perf_counter() - window.started_s, 1e-9)
+        values |= {
+            "learning_rate": window.learning_rates / window.steps,
+            "patches_per_s": window.steps * self.plan.optim.global_batch_size / seconds,
+            "data_wait_share": self.feed.waited_s() / seconds,
+        }
+        self.observer.on_steps(values, step=step, num_steps=window.steps, seconds=seconds)
+        self._tell_written(self.writer.finished())
+        fault = self.watchdog.judge(values, step=step) if self.watchdog is not None else None
+        return self.collective.first(seconds), fault
+
+    def _validated(self, position: Position) -> tuple[Position, str | None]:
+        """The position after a validation: whether this step is the best so far, and for how long none was better; and
+        what the watchdog finds wrong, in which case the position is as it was.
+        """
+        plan, network = self.plan, self.learner.inference_network()
+        was_training = network.training
+        network.eval()
+        values = dict(self.validate(network, position.step))
+        network.train(was_training)
+        fault = self.watchdog.judge(values, step=position.step) if self.watchdog is not None else None
+        best = position.best
+        gain = plan.score(values, position.step) - plan.score(best, best["step"]) if best is not None else math.inf
+        is_best = fault is None and gain > 0
+        gained = gain >= plan.early_stop_min_gain_db
+        self.observer.on_validation(values, step=position.step, is_best=is_best)
+        if fault is not None:
+            return position, fault
+        after = Position(
+            step=position.step,
+            best={"step": position.step, "key": ckpt.key_of_step(position.step), **values} if is_best else best,
+            validations_without_gain=0 if gained else position.validations_without_gain + 1,
+            good_step=position.step,
+        )
+        return after, None
+
+    def _save(self, position: Position) -> None:
+        """Rank 0 begins to write; all ranks learn whether the last write worked, so that they stop together if not."""
+        started_s = time.perf_counter()
+        self._finish_write()
+        if self.collective.rank == 0:
+            patches_seen = self.plan.patches_at(position.step)
+            meta = {**self.meta, **position.to_meta(), "patches_seen": patches_seen}
+            self.writer.write(self.learner.state(), meta, asked_s=started_s)
+
+    def _finish_write(self) -> None:
+        error: str | None = None
+        if self.collective.rank == 0:
+            try:
+                self._tell_written(self.writer.finish())
+            except StorageError as failure:
+                error = str(failure)
+        error = self.collective.first(error)
+        if error is not None:
+            raise CheckpointWriteError(f"a checkpoint could not be written, earlier ones are untouched: {error}")
+
+    def _tell_written(self, written: Written | None) -> None:
+        if written is not None:
+            self.observer.on_checkpoint(
+                written.key, step=written.step, seconds=written.seconds, stalled_s=written.stalled_s
+            )
+
+    def _recover(self, position: Position, fault: str) -> None:
+        """Back to the weights of the last good validation: a later checkpoint may hold the beginning of the collapse.
+        Steps and patches count on: a batch is a function of its step, and what was spent is spent.
+        """
+        assert self.watchdog is not None
+        assert position.good_step is not None, "with a watchdog, the first validation is before the first step"
+        self._finish_write()
+        key = ckpt.key_of_step(position.good_step)
+        saved = ckpt.read_checkpoint(self.store, key)
+        did = self.watchdog.recover(saved.tensors, step=position.step, reason=fault)
+        self.observer.on_recovery(f"{fault}: back to {key}, {did}", step=position.step)
 
 
 def _stops_early(plan: LoopPlan, position: Position) -> bool:
     return plan.early_stop_after is not None and position.validations_without_gain >= plan.early_stop_after
-
-
-def _validated(
-    plan: LoopPlan,
-    position: Position,
-    learner: Learner,
-    validate: Callable[[nn.Module, int], Mapping[str, float]],
-    observer: Observer,
-) -> Position:
-    """The position after a validation: whether this step is the best so far, and for how long none was better."""
-    network = learner.inference_network()
-    was_training = network.training
-    network.eval()
-    values = dict(validate(network, position.step))
-    network.train(was_training)
-    best = position.best
-    is_best = best is None or values[plan.metric] > best[plan.metric]
-    gained = best is None or values[plan.metric] >= best[plan.metric] + plan.early_stop_min_gain_db
-    observer.on_validation(values, step=position.step, is_best=is_best)
-    return Position(
-        step=position.step,
-        best={"step": position.step, "key": ckpt.key_of_step(position.step), **values} if is_best else best,
-        validations_without_gain=0 if gained else position.validations_without_gain + 1,
-    )
-
-
-def _save(
-    plan: LoopPlan,
-    position: Position,
-    learner: Learner,
-    store: Store,
-    meta: Mapping[str, Any],
-    observer: Observer,
-    collective: Collective,
-) -> None:
-    """Rank 0 writes; all ranks learn whether it worked, so that they stop together if it did not."""
-    started_s = time.perf_counter()
-    error: str | None = None
-    if collective.rank == 0:
-        whole = {**meta, **position.to_meta(), "patches_seen": plan.patches_at(position.step)}
-        try:
-            ckpt.write_checkpoint(store, ckpt.Checkpoint(tensors=learner.state(), meta=whole))
-        except StorageError as failure:
-            error = str(failure)
-        else:
-            _tidy(plan, position, store)
-    error = collective.first(error)
-    if error is not None:
-        raise CheckpointWriteError(
-            f"the checkpoint of step {position.step} could not be written, earlier ones are untouched: {error}"
-        )
-    observer.on_checkpoint(ckpt.key_of_step(position.step), step=position.step, seconds=time.perf_counter() - started_s)
-
-
-def _tidy(plan: LoopPlan, position: Position, store: Store) -> None:
-    try:
-        ckpt.keep(store, last=plan.keep_last, best_key=position.best["key"] if position.best else None)
-    except StorageError as failure:  # costs space, not the run; the next checkpoint tries again
-        logging.getLogger(__name__).warning("old checkpoints could not be deleted: %s", failure)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 PACKAGES = ("mlflow", "numpy", "pillow", "safetensors", "torch")
 """What a registered model needs to run (MLflow loads it, the rest is imported by `sr_models`)."""
 WEIGHTS_TAG = "weights_sha256"
+NOT_PROMOTABLE_TAG = "not_promotable"
+"""On a version that must never become champion; its value is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,13 @@ def register_model(
     name: str,
     tags: Mapping[str, str],
     sample_lr_HWC: np.ndarray,
-    alias: str = "challenger",
+    alias: str | None = "challenger",
 ) -> RegisteredVersion:
     """Register the weights in `folder` (written by `sr_models.weights.save_model`) as a new version of model `name`.
 
     Before anything is uploaded the packed model is loaded and has to upscale `sample_lr_HWC` (uint8 RGB); both pictures
-    go with it. `tags` are set on the version, and `alias` is moved to it unless it is at a newer one. Calling again
-    with the same run, config and weights returns the version that is there, with its tags set again. Raises
+    go with it. `tags` are set on the version, and `alias`, if any, is moved to it unless it is at a newer one. Calling
+    again with the same run, config and weights returns the version that is there, with its tags set again. Raises
     TrackingError if the server refuses, and ModelError, with nothing registered, if the folder or the sample is not
     valid.
     """
@@ -76,7 +78,7 @@ def register_model(
         for key, value in tags.items():
             client.set_model_version_tag(name, found.version, key, value)
         # A run that is resumed late finds its old version: what was registered since stays the challenger.
-        if int(client.get_registered_model(name).aliases.get(alias, 0)) <= int(found.version):
+        if alias and int(client.get_registered_model(name).aliases.get(alias, 0)) <= int(found.version):
             client.set_registered_model_alias(name, alias, found.version)
     return RegisteredVersion(name, str(found.version), f"models:/{name}/{found.version}")
 

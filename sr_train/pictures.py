@@ -17,25 +17,24 @@ MARK = (255, 210, 0)
 
 def comparison(
     lr_HWC: np.ndarray,
-    bicubic_HWC: np.ndarray,
-    sr_HWC: np.ndarray,
+    upscaled_HWC: Sequence[np.ndarray],
     hr_HWC: np.ndarray,
     *,
     captions: Sequence[str],
     crop_px_hr: int | None = None,
     panel_px: int = 512,
 ) -> np.ndarray:
-    """Set LR (by nearest neighbour), bicubic, SR and HR side by side and, in a second row, a detail of each, enlarged.
+    """Set LR (by nearest neighbour), what was made of it, and HR side by side and, in a second row, a detail of each.
 
-    All images are uint8 RGB; bicubic, SR and HR have HR's size, LR that size divided by the scale. `captions` has one
+    All images are uint8 RGB; those upscaled and HR have one size, LR that size divided by the scale. `captions` has one
     text per image. `crop_px_hr` is the side of the detail, None a quarter of the shorter side (at most of `panel_px`),
     0 no detail; it is taken where HR has the most gradient energy. Images wider or higher than `panel_px` are reduced
     in the first row; the detail always shows whole pixels. Returns uint8 RGB. Raises ValueError if sizes or captions
     don't fit.
     """
-    panels = _same_size(lr_HWC, bicubic_HWC, sr_HWC, hr_HWC)
+    panels = _same_size(lr_HWC, upscaled_HWC, hr_HWC)
     if len(captions) != len(panels):
-        raise ValueError(f"got {len(captions)} captions, want {len(panels)}: LR, bicubic, SR, HR")
+        raise ValueError(f"got {len(captions)} captions, want {len(panels)}: LR, each that was upscaled, HR")
     height, width = hr_HWC.shape[:2]
     scale = height // lr_HWC.shape[0]
     shorter = min(width, height)
@@ -92,15 +91,14 @@ def most_detailed(image_HWC: np.ndarray, side_px: int, *, stride_px: int = 1) ->
     return int(row) * stride_px, int(column) * stride_px
 
 
-def _same_size(
-    lr_HWC: np.ndarray, bicubic_HWC: np.ndarray, sr_HWC: np.ndarray, hr_HWC: np.ndarray
-) -> tuple[np.ndarray, ...]:
+def _same_size(lr_HWC: np.ndarray, upscaled_HWC: Sequence[np.ndarray], hr_HWC: np.ndarray) -> tuple[np.ndarray, ...]:
     scale = hr_HWC.shape[0] // max(1, lr_HWC.shape[0])
-    for name, image, factor in (("LR", lr_HWC, scale), ("bicubic", bicubic_HWC, 1), ("SR", sr_HWC, 1)):
+    numbered = [(f"image {number} of those upscaled", image, 1) for number, image in enumerate(upscaled_HWC, 1)]
+    for name, image, factor in (("LR", lr_HWC, scale), *numbered):
         enlarged = (image.shape[0] * factor, image.shape[1] * factor, *image.shape[2:])
         if image.dtype != np.uint8 or enlarged != hr_HWC.shape:
             raise ValueError(f"{name} is {image.dtype} {image.shape} and does not fit HR, uint8 {hr_HWC.shape}")
-    return _enlarge(lr_HWC, scale), bicubic_HWC, sr_HWC, hr_HWC
+    return _enlarge(lr_HWC, scale), *upscaled_HWC, hr_HWC
 
 
 def _enlarge(image_HWC: np.ndarray, factor: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sr_train.config import ConfigError, RunConfig
+from sr_train.options import ConfigError, RunConfig
 
 CPUS_FOR_DECODING = 0.5
 """What workers leave free for Ray Data, which fetches and decodes images beside them."""

@@ -5,21 +5,27 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from sr_data.errors import DataError, StorageError
 from sr_data.manifest import Manifest, load_manifest
 from sr_data.sampling import SamplePlan, slot_range
 from sr_data.storage import Store, open_store
-from sr_models.architectures import architecture_name
 from sr_models.errors import ModelError
 from sr_train import checkpoint as ckpt
-from sr_train.config import ConfigError, TrainConfig
+from sr_train.config import TrainConfig
 from sr_train.initial_weights import InitialWeights, load_initial_weights
+from sr_train.method import Assets
+from sr_train.methods import method_of
 from sr_train.metrics import smallest_side_px
+from sr_train.options import ConfigError
+from sr_train.perceptual_metric import SMALLEST_SIDE_PX
+from sr_train.perceptual_weights import PerceptualWeightsError
 from sr_train.placement import ClusterFacts, place, placement_warnings
 from sr_train.pool_size import choose_window
 from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, checkpoint_store
+from sr_train.step_mode import StepMode, step_mode
 from sr_train.tracking_server import TrackingError, check_tracking, redact, resolve_tracking_uri
 from sr_train.upscaler import UpscalerError
 
@@ -54,11 +60,21 @@ class Plan:
     """Newest checkpoint of the run, where it has one."""
     initial_weights: InitialWeights | None
     """Of another model, for a run that begins with them."""
+    assets: Assets
+    """What the method prepared for the workers."""
     warnings: tuple[str, ...]
+    resume_name: str
+    """The --run.name by which the user goes on with it."""
 
     @property
     def run_uri(self) -> str:
         return _run_store(self.config).uri
+
+    @property
+    def step_mode(self) -> StepMode:
+        """How steps are computed on the device that the plan chose."""
+        run = self.config.run
+        return step_mode(self.config.step, device_type=run.device, num_workers=run.num_workers)
 
     def shard_slots(self, rank: int) -> range:
         batch = self.config.optim.global_batch_size // self.config.run.num_workers
@@ -99,6 +115,7 @@ def make_plan(
     cluster: ClusterFacts,
     *,
     resume: bool,
+    resume_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     now: datetime | None = None,
 ) -> Plan:
@@ -125,14 +142,25 @@ def make_plan(
             lambda: load_initial_weights(config, tracking_uri=tracking_uri),
             *(UpscalerError, ModelError, ckpt.CheckpointError, StorageError, TrackingError),
         )
+    assets = problems.attempt(
+        "",
+        lambda: method_of(config).prepare(config, tracking_uri),
+        *(ConfigError, PerceptualWeightsError, UpscalerError, ModelError, ckpt.CheckpointError, StorageError),
+        TrackingError,
+    )
+    if assets is not None and assets.lpips is not None and validation is not None:
+        problems.attempt("", partial(_check_lpips_sides, validation), DataError)
     samples = None
+    if run is not None:
+        find_mode = partial(step_mode, config.step, device_type=run.device, num_workers=run.num_workers)
+        problems.attempt("", find_mode, ConfigError)
     if run is not None and train is not None:
         config = dataclasses.replace(config, run=run)
         windowed = problems.attempt("", lambda: choose_window(config, train), ConfigError, DataError)
         config, samples = windowed or (config, None)
     if found is not None and train is not None and validation is not None:
         problems.attempt("", lambda: _check_same_run(config, found, train, validation), ConfigError)
-    if problems.texts or found is None or train is None or validation is None or samples is None:
+    if problems.texts or found is None or train is None or validation is None or samples is None or assets is None:
         raise PlanError(problems.texts)
     warnings = [
         *_resume_warnings(config, found, resume=resume),
@@ -148,6 +176,8 @@ def make_plan(
         tracking_reachable=bool(reachable),
         goes_on_from=found.newest_checkpoint,
         initial_weights=weights,
+        assets=assets,
+        resume_name=resume_name or config.run.name or "",
         warnings=tuple(warnings),
     )
 
@@ -182,12 +212,12 @@ def _data_warnings(
 
 
 def _named(config: TrainConfig[Any], tracking_uri: str, now: datetime) -> TrainConfig[Any]:
-    kind = f"{architecture_name(config.model)}-x{config.model.scale}"
+    kind = f"{method_of(config).model_name(config)}-x{config.model.scale}"
     try:
         storage = open_store(config.run.storage).uri
     except StorageError as error:
         raise PlanError([f"the run's folder (--run.storage): {error}"]) from error
-    name = config.run.name or f"{kind}-{now:%Y%m%d-%H%M%S}"
+    name = config.run.name or default_name(config, now)
     tracking = dataclasses.replace(
         config.tracking,
         uri=tracking_uri,
@@ -195,6 +225,11 @@ def _named(config: TrainConfig[Any], tracking_uri: str, now: datetime) -> TrainC
     )
     run = dataclasses.replace(config.run, name=name, storage=storage)
     return dataclasses.replace(config, run=run, tracking=tracking)
+
+
+def default_name(config: TrainConfig[Any], now: datetime) -> str:
+    """What a run is called when its user does not say."""
+    return f"{method_of(config).model_name(config)}-x{config.model.scale}-{now:%Y%m%d-%H%M%S}"
 
 
 def _run_store(config: TrainConfig[Any]) -> Store:
@@ -243,6 +278,15 @@ def _check_same_run(config: TrainConfig[Any], found: _RunState, train: Manifest,
         raise ConfigError(
             f"--optim.total-patches {optim.total_patches}: run {config.run.name!r} has seen "
             f"{trained_steps * optim.global_batch_size} already"
+        )
+
+
+def _check_lpips_sides(validation: Manifest) -> None:
+    small = [record.hr_key for record in validation.images if min(record.width, record.height) < SMALLEST_SIDE_PX]
+    if small:
+        raise DataError(
+            f"{validation.uri}: {len(small)} images with a side below {SMALLEST_SIDE_PX} px have no LPIPS, {small[0]} "
+            f"for one: validate on others (--validation.uri), or without LPIPS (--perceptual.lpips-weights none)"
         )
 
 

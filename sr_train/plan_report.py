@@ -40,19 +40,23 @@ def _how(plan: Plan) -> list[tuple[str, str]]:
     feed = f"all {_count(num_images, 'image')} at once"
     if window < num_images:
         feed = f"{window} of {num_images} images at once, one replaced every {data.window_reuse_patches} patches"
-    copies = 5 if config.optim.ema_decay else 4  # weights, gradients, Adam's two moments, moving average
+    # Weights, Adam's two moments and the moving average, twice while a checkpoint is written; gradients.
+    copies = 2 * (4 if config.optim.ema_decay else 3) + 1
     weights = _bytes(num_parameters(config.model) * 4 * copies)
     training = _bytes(largest_shard_bytes(plan.train, plan.samples, run.num_workers))
     validation = _bytes(largest_validation_bytes(plan.validation, run.num_workers))
     offline = "" if plan.tracking_reachable else "; NOT REACHABLE, training goes on without it"
     memory = f"{training} of training images, {validation} of validation images, {weights} of weights, gradients and"
     cpus = f"{_count(run.cpus_per_worker or 1, 'CPU')} and {_count(run.threads_per_worker or 1, 'thread')}"
+    alias = "@challenger" if plan.assets.not_promotable is None else ""
     return [
         ("workers", f"{run.num_workers} on {run.device}, each with {cpus}"),
+        ("step", str(plan.step_mode)),
         ("feed", feed),
         ("memory", f"{memory} optimiser, per worker; activations not counted"),
+        *plan.assets.notes,
         ("tracking", f"{config.tracking.uri}, experiment {config.tracking.experiment!r}{offline}"),
-        ("registers", f"{config.tracking.register_as}@challenger{_when(plan)}"),
+        ("registers", f"{config.tracking.register_as}{alias}{_when(plan)}"),
     ]
 
 

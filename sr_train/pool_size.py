@@ -9,7 +9,8 @@ from sr_data.manifest import ImageRecord, Manifest
 from sr_data.patch_pool import images_ahead
 from sr_data.sampling import SamplePlan, slot_range
 from sr_data.window import image_stream
-from sr_train.config import ConfigError, TrainConfig
+from sr_train.config import TrainConfig
+from sr_train.options import ConfigError
 
 GIB = 1024**3
 

@@ -1,15 +1,8 @@
 """Named runs: the papers' numbers, and a small one that trains anywhere in a minute."""
 
 from sr_models.edsr import EDSRConfig
-from sr_train.config import (
-    CheckpointConfig,
-    DataConfig,
-    OptimConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from sr_train.config import TrainConfig
+from sr_train.options import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig, ValidationConfig
 
 _PAPER_BATCH = 16
 _PAPER_LR_PATCH_PX = 48
@@ -42,7 +35,7 @@ def _edsr_paper(model: EDSRConfig) -> TrainConfig[EDSRConfig]:
         model=model,
         data=DataConfig(uri="", patch_px_hr=_PAPER_LR_PATCH_PX * model.scale),
         validation=ValidationConfig(
-            num_images=10, protocol="psnr@rgb,crop=scale+6", interval_patches=1_000 * _PAPER_BATCH
+            num_images=10, protocol="psnr@rgb,crop=scale+6", interval_patches=1_000 * _PAPER_BATCH, tile_px_lr=512
         ),
         optim=OptimConfig(total_patches=300_000 * _PAPER_BATCH, global_batch_size=_PAPER_BATCH),
         schedule=ScheduleConfig(kind="step", learning_rate=1e-4, decay_every_patches=200_000 * _PAPER_BATCH),

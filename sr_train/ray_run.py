@@ -28,11 +28,14 @@ from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair
 from sr_data.ray_source import stream_pairs
 from sr_train.checkpoint import CheckpointError
-from sr_train.config import ConfigError, TrainConfig
-from sr_train.config import RunConfig as TrainRunConfig
+from sr_train.config import TrainConfig
+from sr_train.gan_watchdog import CollapseError
 from sr_train.learner import NonFiniteLossError
 from sr_train.loop import CheckpointWriteError, Position
 from sr_train.mailbox import Mailbox, Message
+from sr_train.metrics import MetricError
+from sr_train.options import ConfigError
+from sr_train.options import RunConfig as TrainRunConfig
 from sr_train.placement import ClusterFacts
 from sr_train.plan import Plan
 from sr_train.worker import Job, StreamPairs, run_worker
@@ -269,12 +272,20 @@ def _ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     try:
         position, measures = run_worker(job, device=ray.train.torch.get_device(), send=send)
-    except (NonFiniteLossError, CheckpointWriteError, DataError, CheckpointError, StorageError) as error:
+    except (
+        NonFiniteLossError,
+        CollapseError,
+        CheckpointWriteError,
+        DataError,
+        CheckpointError,
+        MetricError,
+        StorageError,
+    ) as error:
         # Storage that refuses or is away may be back at the next start; a file that is not there will not.
         if not isinstance(error, StorageError) or error.errno == errno.ENOENT:
             ray.get(mailbox.set_fatal.remote(str(error)))
         # Raised on every worker: all end here, in step.
-        if isinstance(error, (NonFiniteLossError, CheckpointWriteError)):
+        if isinstance(error, (NonFiniteLossError, CollapseError, CheckpointWriteError)):
             return {"error": str(error)}
         # On this worker only: its failure makes Ray end the others, which wait for it.
         raise

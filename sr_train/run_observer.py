@@ -39,6 +39,7 @@ class RunObserver:
         self._totals = {"steps": 0.0, "seconds": 0.0, "waited_s": 0.0}
         self._first_step_s: float | None = None
         self._psnr_db: float | None = None
+        self._num_recoveries = 0
 
     def on_first_batch(self, lr_NCHW: torch.Tensor, hr_NCHW: torch.Tensor) -> None:
         """The very patches of step 0 that this worker trains on."""
@@ -75,9 +76,14 @@ class RunObserver:
         if self._tracker is not None:
             self._tracker.image(f"samples/step-{step:09d}/{name}.png", image_HWC)
 
-    def on_checkpoint(self, key: str, *, step: int, seconds: float) -> None:
+    def on_checkpoint(self, key: str, *, step: int, seconds: float, stalled_s: float) -> None:
         self._send("checkpoint", {"key": key, "step": step, "seconds": seconds})
-        self._track({"checkpoint_s": seconds}, step)
+        self._track({"checkpoint_s": seconds, "checkpoint_stall_s": stalled_s}, step)
+
+    def on_recovery(self, message: str, *, step: int) -> None:
+        self._num_recoveries += 1
+        self._send("recovery", {"message": message, "step": step})
+        self._track({"recoveries": float(self._num_recoveries)}, step)
 
     def measures(self) -> dict[str, float]:
         """What the run cost, by name with unit."""

@@ -2,7 +2,7 @@
 
 import math
 
-from sr_train.config import ScheduleConfig
+from sr_train.options import ScheduleConfig
 
 
 def learning_rate_at(schedule: ScheduleConfig, *, patches_seen: int, total_patches: int) -> float:

@@ -24,7 +24,7 @@ from sr_data.resize import upscale_bicubic
 from sr_data.storage import Store, open_store, split_uri
 from sr_models.architectures import build_model
 from sr_models.errors import ModelError
-from sr_models.inference import upscale_image
+from sr_models.inference import ImageHWC, as_tensor, placed, upscale_tensor
 from sr_models.network import SRNetwork
 from sr_models.weights import CONFIG_FILE, WEIGHTS_FILE, check_state, load_model
 from sr_train.checkpoint import inference_weights, read_checkpoint, step_of_key
@@ -50,8 +50,13 @@ class Upscaler:
     """MODEL as it was given."""
     scale: int
     """Upscaling factor."""
-    upscale: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-    """uint8 RGB H×W×3 → uint8 RGB sH×sW×3."""
+    upscale_tensor: Callable[[ImageHWC], torch.Tensor]
+    """uint8 RGB H×W×3, wherever it is → uint8 RGB sH×sW×3 where the network is, without waiting for it."""
+
+    def upscale(self, lr_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 RGB H×W×3 → uint8 RGB sH×sW×3."""
+        sr_HWC: NDArray[np.uint8] = self.upscale_tensor(lr_HWC).cpu().numpy()
+        return sr_HWC
 
 
 def open_upscaler(
@@ -72,14 +77,13 @@ def open_upscaler(
     if scale < 1:
         raise UpscalerError(f"scale={scale} must be at least 1 (--scale)")
     if model == BICUBIC:
-        return Upscaler(name=model, scale=scale, upscale=partial(upscale_bicubic, scale=scale))
+        return Upscaler(name=model, scale=scale, upscale_tensor=partial(_upscale_bicubic, scale=scale))
     target = _device(device)
     network = open_network(model, tracking_uri=tracking_uri)
     if network.config.scale != scale:
         raise UpscalerError(f"{model}: is an x{network.config.scale} model, not x{scale} (--scale)")
-    network = network.to(target)
-    upscale = partial(upscale_image, network, self_ensemble=self_ensemble, tile_px_lr=tile_px_lr)
-    return Upscaler(name=model, scale=scale, upscale=upscale)
+    upscale = partial(upscale_tensor, placed(network, target), self_ensemble=self_ensemble, tile_px_lr=tile_px_lr)
+    return Upscaler(name=model, scale=scale, upscale_tensor=upscale)
 
 
 def open_network(model: str, *, tracking_uri: str | None = None) -> SRNetwork:
@@ -153,6 +157,10 @@ def _load(folder: Path, model: str) -> SRNetwork:
         return load_model(folder)
     except ModelError as error:
         raise ModelError(str(error).replace(str(folder), model)) from error
+
+
+def _upscale_bicubic(lr_HWC: ImageHWC, scale: int) -> torch.Tensor:
+    return as_tensor(upscale_bicubic(as_tensor(lr_HWC).cpu().numpy(), scale))
 
 
 def _device(name: str) -> torch.device:

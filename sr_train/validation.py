@@ -4,16 +4,23 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+from sr_models.inference import ImageHWC
+from sr_train.metrics import ImageScore, MetricError, measure_image, read_scores
 
-from sr_data.pairs import DecodedPair
-from sr_train.metrics import ImageScore, MetricError, score_image
+ImageT_co = TypeVar("ImageT_co", bound=ImageHWC, covariant=True)
 
-Upscale = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""uint8 RGB H×W×3 → uint8 RGB sH×sW×3."""
+
+class ImagePair(Protocol[ImageT_co]):
+    """Arrays, as in `sr_data.pairs.DecodedPair`, or tensors: uint8 RGB; HR has `scale` times the sides of LR."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def hr_HWC(self) -> ImageT_co: ...
+    @property
+    def lr_HWC(self) -> ImageT_co: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +55,19 @@ class SetScore:
         }
 
 
-def score_pairs(upscale: Upscale, pairs: Iterable[DecodedPair], *, scale: int, protocol: str) -> list[ImageScore]:
-    """Upscales each pair's LR image and compares it with its HR image, in the order given."""
-    return [
-        score_image(upscale(pair.lr_HWC), pair.hr_HWC, scale=scale, protocol=protocol, name=pair.name) for pair in pairs
-    ]
+def score_pairs(
+    upscale: Callable[[ImageT_co], ImageHWC], pairs: Iterable[ImagePair[ImageT_co]], *, scale: int, protocol: str
+) -> list[ImageScore]:
+    """Upscales each pair's LR image and compares it with its HR image, in the order given.
+
+    A GPU works through all of them before it is waited for.
+    """
+    return read_scores(
+        [
+            measure_image(upscale(pair.lr_HWC), pair.hr_HWC, scale=scale, protocol=protocol, name=pair.name)
+            for pair in pairs
+        ]
+    )
 
 
 def mean_score(set: str, scale: int, protocol: str, images: Iterable[ImageScore]) -> SetScore:  # noqa: A002
@@ -76,9 +91,8 @@ def mean_score(set: str, scale: int, protocol: str, images: Iterable[ImageScore]
     )
 
 
-def validate_distributed(
-    upscale: Upscale,
-    local_pairs: Iterable[DecodedPair],
+def gather_score(
+    local_scores: list[ImageScore],
     *,
     set_name: str,
     scale: int,
@@ -91,7 +105,6 @@ def validate_distributed(
     is `lambda scores: [scores]`. Every worker must call this, also one without images. Each image belongs to one
     worker, so none is padded or counted twice: the result is `mean_score` of all images.
     """
-    local_scores = score_pairs(upscale, local_pairs, scale=scale, protocol=protocol)
     everyones = gather(local_scores)
     return mean_score(set_name, scale, protocol, (score for scores in everyones for score in scores))
 

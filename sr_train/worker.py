@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from sr_data.batch_feed import BatchFeed
 from sr_data.manifest import ImageRecord, Manifest
 from sr_data.pairs import DecodedPair
 from sr_data.patch_pool import FeedError, PatchPool
@@ -18,13 +19,16 @@ from sr_data.sampling import SamplePlan
 from sr_data.storage import open_store
 from sr_models.architectures import architecture_name, build_model
 from sr_models.architectures import config_to_dict as model_config_to_dict
+from sr_models.network import SRNetwork
 from sr_train import checkpoint as ckpt
 from sr_train.collective import Collective
 from sr_train.config import TrainConfig, config_to_dict
-from sr_train.learner import PixelLearner
 from sr_train.loop import LoopPlan, Position, train
+from sr_train.method import Assets
+from sr_train.methods import method_of
 from sr_train.run_folder import OwnedStore, checkpoint_store
 from sr_train.run_observer import RunObserver, Send
+from sr_train.step_mode import step_mode
 from sr_train.tracking import RunHandle, Tracker
 from sr_train.validator import Validator
 
@@ -51,6 +55,8 @@ class Job:
     tracking: RunHandle | None
     init_state: Mapping[str, torch.Tensor] | None
     """Weights to start from; None for the architecture's own initialisation."""
+    assets: Assets
+    """What the method prepared."""
     stream_pairs: StreamPairs
     script_started_s: float
     """time.time() when the user started the run."""
@@ -66,13 +72,11 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
     collective = Collective.of_process_group()
     if device.type == "cpu":
         torch.set_num_threads(config.run.threads_per_worker or 1)
-    learner = PixelLearner(
-        _initial_network(job),
-        config.optim,
-        device=device,
-        precision=precision_of(config, device),
-        collective=collective,
-    )
+    else:
+        torch.backends.cudnn.benchmark = True  # patches have one size: the fastest algorithm is worth looking for
+    mode = step_mode(config.step, device_type=device.type, num_workers=collective.world_size)
+    parts = method_of(config).build(config, _initial_network(job), job.assets, device, mode, collective)
+    learner = parts.learner
     store = OwnedStore(checkpoint_store(job.run_uri).uri, open_store(job.run_uri), job.owner)
     key = collective.first(ckpt.newest_whole(store) if collective.rank == 0 else None)
     position = Position()
@@ -100,9 +104,9 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
         if position.step == 0 and tracker is not None:
             observer.on_first_batch(*pool.batch(0, 0, config.optim.accumulation_steps))
         position = train(
-            loop_plan(config),
+            loop_plan(config, job.assets.best_by),
             learner=learner,
-            source=pool,
+            feed=BatchFeed(pool, num_micro=config.optim.accumulation_steps, device=device, ahead=mode.batch_ahead),
             validate=validator,
             store=store,
             meta={
@@ -115,6 +119,7 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
             position=position,
             observer=observer,
             collective=collective,
+            watchdog=parts.watchdog,
         )
     except FeedError as error:
         raise (error.__cause__ or error) from None
@@ -125,7 +130,7 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
     return position, observer.measures() | {"undelivered_tracking_items": float(undelivered)}
 
 
-def _initial_network(job: Job) -> torch.nn.Module:
+def _initial_network(job: Job) -> SRNetwork:
     network = build_model(job.config.model, seed=job.config.optim.seed)
     if job.init_state is not None:
         network.load_state_dict(dict(job.init_state))
@@ -161,17 +166,22 @@ def _validator(job: Job, observer: RunObserver, collective: Collective) -> Valid
         collective=collective,
         num_pictures=job.config.tracking.sample_images,
         on_picture=observer.on_picture,
+        lpips=job.assets.lpips,
+        title=job.assets.title,
+        reference=_reference_network(job) if collective.rank == 0 else None,
     )
 
 
-def precision_of(config: TrainConfig[Any], device: torch.device) -> str:
-    """ "bf16" or "float32": what `optim.precision` means on this device."""
-    if config.optim.precision != "auto":
-        return config.optim.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+def _reference_network(job: Job) -> tuple[str, torch.nn.Module] | None:
+    reference = job.assets.reference
+    if reference is None:
+        return None
+    network = build_model(reference.config)
+    network.load_state_dict(dict(reference.state))
+    return reference.title, network
 
 
-def loop_plan(config: TrainConfig[Any]) -> LoopPlan:
+def loop_plan(config: TrainConfig[Any], best_by: Literal["psnr", "lpips", "newest"]) -> LoopPlan:
     """The loop's part of the config."""
     return LoopPlan(
         optim=config.optim,
@@ -181,4 +191,5 @@ def loop_plan(config: TrainConfig[Any]) -> LoopPlan:
         keep_last=config.checkpoint.keep_last,
         early_stop_after=config.validation.early_stop_after,
         early_stop_min_gain_db=config.validation.early_stop_min_gain_db,
+        best_by=best_by,
     )

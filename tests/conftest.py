@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.support.mlflow_server import MlflowServer, start_mlflow
+from tests.support.perceptual import save_random_features
 from tests.support.ray_head import RayHead, start_ray_head
 from tests.support.s3 import S3Server, missing_ceph_programs, start_moto, start_rgw
 
@@ -26,6 +27,7 @@ SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "OMP_WAIT_POLICY": "PASSIVE",  # as in workers: threads that spin while they wait take the others' CPU
     "NO_PROXY": "127.0.0.1,localhost",
     "no_proxy": "127.0.0.1,localhost",
     "AWS_EC2_METADATA_DISABLED": "true",  # absent credentials are said at once, not after a timeout
@@ -160,3 +162,15 @@ def _absent(reason: str, expect_variable: str) -> None:
     if os.environ.get(expect_variable) == "1":
         pytest.fail(f"{reason}, and {expect_variable}=1 says that it is there")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def alexnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AlexNet's convolutions with random weights, for LPIPS."""
+    return save_random_features("alexnet", tmp_path_factory.mktemp("alexnet"))
+
+
+@pytest.fixture(scope="session")
+def vgg19_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG19's convolutions with random weights, 80 MB."""
+    return save_random_features("vgg19", tmp_path_factory.mktemp("vgg19"))

@@ -117,6 +117,7 @@ def test_every_import_is_a_direct_dependency(repo: Path) -> None:
         for path in tracked_files(repo)
         if path.suffix == ".py"
         for name in third_party_imports(path)
+        if not (path.parent / f"{name}.py").exists()  # a script's neighbour
         if not {it.lower() for it in distributions.get(name, [name])}
         & direct_dependencies(repo, dev=path.relative_to(repo).parts[0] not in needed_to_run)
     }

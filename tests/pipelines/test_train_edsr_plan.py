@@ -16,7 +16,7 @@ from sr_models.edsr import EDSRConfig
 from sr_models.weights import save_model
 from sr_train import checkpoint as ckpt
 from sr_train.cli import parse_train
-from sr_train.config import config_to_dict
+from sr_train.config import TrainConfig, config_to_dict
 from sr_train.placement import ClusterFacts
 from sr_train.plan import make_plan
 from sr_train.presets import EDSR_PRESETS
@@ -55,7 +55,7 @@ def begun_run(tiny_photos: Path) -> Path:
     arguments += ["--schedule.warmup-patches", "32", "--tracking.uri", "sqlite:///mlflow.db"]
     command = parse_train(
         arguments,
-        model_type=EDSRConfig,
+        config_type=TrainConfig[EDSRConfig],
         presets=EDSR_PRESETS,
         default_preset="edsr-small-x2",
         prog="test",

@@ -1,5 +1,7 @@
 """Whole images: tiles equal the whole, any size, self-ensemble."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.errors import ModelError
-from sr_models.inference import upscale_image
+from sr_models.inference import _windows, as_tensor, placed, upscale_image, upscale_tensor
 from sr_models.network import SRNetwork
 
 
@@ -62,14 +64,32 @@ def test_a_halo_below_the_receptive_radius_would_show():
     assert np.abs(whole.astype(int) - tiled).max() > 1
 
 
-def test_memory_is_bounded_and_the_tiles_are_even():
+@pytest.mark.parametrize(("height", "width"), [(50, 21), (26, 27), (61, 300), (1, 26)])
+def test_memory_is_bounded_and_all_tiles_of_an_image_have_one_shape(height, width):
     model = Recorder()
-    lr_HWC = photo(50, 21)
+    lr_HWC = photo(height, width)
     sr_HWC = upscale_image(model, lr_HWC, tile_px_lr=20)
     assert np.array_equal(sr_HWC, lr_HWC.repeat(2, axis=0).repeat(2, axis=1))
-    assert len(model.seen) == 3 * 2
-    assert max(max(size) for size, _, _ in model.seen) <= 20 + 2 * 3
-    assert {size for size, _, _ in model.seen} == {(h, w) for h in (19, 23, 20) for w in (13, 14)}
+    (shape,) = {size for size, _, _ in model.seen}
+    assert max(shape) <= 20 + 2 * 3
+    whole = height * width
+    borders = len(model.seen) * (shape[0] * shape[1]) / whole
+    assert len(model.seen) == max(1, -(-(height - 6) // 20)) * max(1, -(-(width - 6) // 20)), "no more than needed"
+    assert borders < (1 + 2 * 3 / 20) ** 2 * 1.1, "the halo, and hardly more, is computed twice"
+
+
+def test_tiles_are_of_one_length_and_what_is_kept_of_them_covers_the_image_outside_the_halo():
+    for size, limit, halo in itertools.product(range(1, 70), (1, 2, 7, 16), (0, 1, 5)):
+        windows = list(_windows(size, limit, halo))
+        assert len({window.stop - window.start for window, _, _ in windows}) == 1
+        assert [first for _, first, _ in windows] == [0, *(last for _, _, last in windows[:-1])]
+        assert windows[-1][2] == size
+        for window, first, last in windows:
+            assert 0 <= window.start < window.stop <= size
+            assert window.stop - window.start <= limit + 2 * halo
+            assert first < last
+            assert first == 0 or first - window.start >= halo
+            assert last == size or window.stop - last >= halo
 
 
 def test_runs_without_gradients_in_evaluation_mode_and_leaves_the_mode_as_it_was():
@@ -81,6 +101,77 @@ def test_runs_without_gradients_in_evaluation_mode_and_leaves_the_mode_as_it_was
     model.eval()
     upscale_image(model, photo(4, 4))
     assert not model.training
+
+
+def test_a_tensor_gives_what_an_array_gives():
+    model, lr_HWC = tiny_model(), photo(13, 17)
+    for options in ({}, {"tile_px_lr": 5}, {"self_ensemble": True}, {"autocast": torch.bfloat16}):
+        sr_HWC = upscale_tensor(model, torch.from_numpy(lr_HWC), **options)
+        assert (sr_HWC.dtype, sr_HWC.shape) == (torch.uint8, (26, 34, 3))
+        assert np.array_equal(sr_HWC.numpy(), upscale_image(model, lr_HWC, **options))
+        sr_HWC.add_(1)  # a tensor like any other, though it was made in inference mode
+
+
+def test_arrays_are_taken_without_a_copy_where_that_can_be():
+    lr_HWC = photo(5, 6)
+    assert as_tensor(lr_HWC).data_ptr() == lr_HWC.ctypes.data
+    read_only, turned = lr_HWC.copy(), np.rot90(lr_HWC)
+    read_only.flags.writeable = False
+    for image in (read_only, turned):
+        assert np.array_equal(as_tensor(image).numpy(), image)
+
+
+def test_autocast_lets_convolutions_round_and_is_off_unless_asked_for():
+    class Watching(Recorder):
+        def forward(self, lr_NCHW):
+            self.autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            return super().forward(lr_NCHW)
+
+    watching = Watching()
+    upscale_image(watching, photo(4, 4))
+    assert watching.autocast is None
+    upscale_image(watching, photo(4, 4), autocast=torch.bfloat16)
+    assert watching.autocast == torch.bfloat16
+    model, lr_HWC = tiny_model(), photo(20, 20)
+    difference = np.abs(
+        upscale_image(model, lr_HWC).astype(int) - upscale_image(model, lr_HWC, autocast=torch.bfloat16)
+    )
+    assert 0 < difference.max() <= 4
+
+
+def test_cudnn_does_not_search_while_tiles_run_and_does_again_afterwards(monkeypatch):
+    class Watching(Recorder):
+        def forward(self, lr_NCHW):
+            self.searched = torch.backends.cudnn.benchmark
+            return super().forward(lr_NCHW)
+
+    for setting in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", setting)
+        model = Watching()
+        upscale_image(model, photo(4, 4))
+        assert model.searched is False
+        assert torch.backends.cudnn.benchmark is setting
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("self_ensemble", [False, True])
+def test_a_gpu_gives_the_cpus_image_and_nothing_waits_for_it(self_ensemble):
+    lr_HWC = photo(70, 90)
+    options = {"tile_px_lr": 32, "self_ensemble": self_ensemble}
+    on_cpu = upscale_image(tiny_model(), lr_HWC, **options)
+    model = placed(tiny_model(), torch.device("cuda"))
+    assert next(model.parameters()).is_contiguous(memory_format=torch.channels_last)
+    pinned_HWC = torch.from_numpy(lr_HWC).pin_memory()
+    upscale_tensor(model, pinned_HWC, **options)  # the first use loads libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_gpu = upscale_tensor(model, pinned_HWC, **options)
+        upscale_tensor(model, pinned_HWC, autocast=torch.bfloat16, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert on_gpu.is_cuda
+    assert np.abs(on_cpu.astype(int) - on_gpu.cpu().numpy()).max() <= 1
+    assert np.array_equal(upscale_image(model, lr_HWC, **options), on_gpu.cpu().numpy())
 
 
 def test_every_level_survives_the_way_through_the_network():

@@ -8,11 +8,13 @@ import torch
 from sr_models.architectures import ARCHITECTURES, build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.errors import ModelError
+from sr_models.srresnet import SRResNetConfig
 from sr_models.weights import load_matching, load_model, save_model
 
 TINY_CONFIGS = [
     *(EDSRConfig(scale=scale, num_blocks=2, num_channels=4) for scale in (2, 3, 4)),
     EDSRConfig(scale=4, num_blocks=1, num_channels=6, residual_scaling=0.1, rgb_range=1.0),
+    *(SRResNetConfig(scale=scale, num_blocks=2, num_channels=4) for scale in (2, 3, 4)),
 ]
 TINY = TINY_CONFIGS[0]
 
@@ -36,7 +38,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, config):
     assert loaded.config == config
     assert not loaded.training
     lr_NCHW = torch.rand(1, 3, 5, 6)
-    assert torch.equal(loaded(lr_NCHW), model(lr_NCHW))
+    assert torch.equal(loaded(lr_NCHW), model.eval()(lr_NCHW))
 
 
 def test_saving_the_weights_of_another_network_writes_nothing(tmp_path):

@@ -71,7 +71,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 30, 400):
         write_checkpoint(store, checkpoint(step))
     store.write("config.json", b"{}")
-    assert keep(store, last=2, best_key=key_of_step(1)) == [key_of_step(2)]
+    assert keep(store, last=2, spared=[key_of_step(1)]) == [key_of_step(2)]
     assert list_keys(store) == [key_of_step(1), key_of_step(30), key_of_step(400)]
     assert latest_key(store) == key_of_step(400)
     assert store.exists("config.json")

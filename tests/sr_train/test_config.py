@@ -7,15 +7,16 @@ import pytest
 
 from sr_models.edsr import EDSRConfig
 from sr_train.cli import TrainCommand, parse_train
-from sr_train.config import ConfigError, TrainConfig, config_from_dict, config_to_dict
+from sr_train.config import TrainConfig, config_from_dict, config_to_dict
+from sr_train.options import ConfigError
 from sr_train.presets import EDSR_PRESETS
 from sr_train.run_folder import CONFIG_KEY
 
 
-def parse(*arguments: str) -> TrainCommand[EDSRConfig]:
+def parse(*arguments: str) -> TrainCommand[TrainConfig[EDSRConfig]]:
     return parse_train(
         arguments,
-        model_type=EDSRConfig,
+        config_type=TrainConfig[EDSRConfig],
         presets=EDSR_PRESETS,
         default_preset="edsr-small-x2",
         prog="train_edsr.py",
@@ -79,14 +80,14 @@ def test_what_mlflow_takes_is_taken() -> None:
 @pytest.mark.parametrize("preset", EDSR_PRESETS)
 def test_a_saved_config_is_read_back_whole(preset: str) -> None:
     config = EDSR_PRESETS[preset]
-    assert config_from_dict(EDSRConfig, json.loads(json.dumps(config_to_dict(config)))) == config
+    assert config_from_dict(TrainConfig[EDSRConfig], json.loads(json.dumps(config_to_dict(config)))) == config
 
 
 def test_an_unknown_option_in_a_saved_config_is_named() -> None:
     values = config_to_dict(EDSR_PRESETS["edsr-small-x2"])
     values["optim"]["momentum"] = 0.9
     with pytest.raises(ConfigError, match="optim.momentum"):
-        config_from_dict(EDSRConfig, values)
+        config_from_dict(TrainConfig[EDSRConfig], values)
 
 
 def test_the_papers_numbers() -> None:

@@ -12,18 +12,26 @@ from torch import nn
 
 from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
+from sr_models.srresnet import SRResNetConfig
 from sr_train.collective import Collective
-from sr_train.config import OptimConfig
 from sr_train.learner import LOSSES, NonFiniteLossError, PixelLearner
+from sr_train.options import OptimConfig
 from sr_train.presets import EDSR_PRESETS
+from sr_train.step_mode import REFERENCE, StepMode
 
 TINY = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
 CPU = torch.device("cpu")
 
 
-def learner(config: OptimConfig, collective: Collective | None = None, *, precision: str = "float32") -> PixelLearner:
+def learner(config: OptimConfig, collective: Collective | None = None, *, mode: StepMode = REFERENCE) -> PixelLearner:
     network = build_model(TINY, seed=1)
-    return PixelLearner(network, config, device=CPU, precision=precision, collective=collective or Collective())
+    return PixelLearner(network, config, device=CPU, mode=mode, collective=collective or Collective())
+
+
+def stepped(ours: PixelLearner, *batches: tuple[torch.Tensor, torch.Tensor], learning_rate: float) -> dict[str, float]:
+    """The values of one step."""
+    ours.step(batches, learning_rate=learning_rate)
+    return ours.report()
 
 
 def patches(num: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +46,7 @@ def test_the_step_is_adam_on_the_pixel_loss() -> None:
         adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
         for seed in range(3):
             lr_NCHW, hr_NCHW = patches(4, seed=seed)
-            values = ours.step([(lr_NCHW, hr_NCHW)], learning_rate=1e-3)
+            values = stepped(ours, (lr_NCHW, hr_NCHW), learning_rate=1e-3)
             adam.zero_grad()
             expected = function(plain(lr_NCHW), hr_NCHW)
             expected.backward()
@@ -53,9 +61,9 @@ def test_every_preset_takes_a_step(preset: str) -> None:
     config = EDSR_PRESETS[preset]
     network, scale = build_model(config.model, seed=0), config.model.scale
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    ours = PixelLearner(network, config.optim, device=CPU, precision="float32", collective=Collective())
+    ours = PixelLearner(network, config.optim, device=CPU, mode=REFERENCE, collective=Collective())
     hr_NCHW = torch.rand(1, 3, 6 * scale, 6 * scale, generator=torch.Generator().manual_seed(0))
-    values = ours.step([(nn.functional.avg_pool2d(hr_NCHW, scale), hr_NCHW)], learning_rate=1e-4)
+    values = stepped(ours, (nn.functional.avg_pool2d(hr_NCHW, scale), hr_NCHW), learning_rate=1e-4)
     assert 0 < values["loss"] < 1
     assert [name for name, value in ours.network.state_dict().items() if torch.equal(value, before[name])] == []
 
@@ -69,7 +77,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_clipping_bounds_the_gradient_that_adam_sees() -> None:
     ours = learner(OptimConfig(clip_grad_norm=1e-3))
-    reported = ours.step([patches(4)], learning_rate=1e-3)["grad_norm"]
+    reported = stepped(ours, patches(4), learning_rate=1e-3)["grad_norm"]
     norm = nn.utils.get_total_norm(
         [parameter.grad for parameter in ours.network.parameters() if parameter.grad is not None]
     )
@@ -78,24 +86,36 @@ def test_clipping_bounds_the_gradient_that_adam_sees() -> None:
 
 
 def test_the_moving_average_follows_its_definition() -> None:
-    ours = learner(OptimConfig(ema_decay=0.9))
+    ours = learner(OptimConfig(ema_decay=0.3))
     expected = {name: value.clone() for name, value in ours.network.named_parameters()}
-    for seed in range(3):
-        ours.step([patches(4, seed=seed)], learning_rate=1e-2)
+    for step, decay in enumerate((2 / 11, 3 / 12, 0.3, 0.3)):  # (1 + n) / (10 + n), at most what was asked for
+        ours.step([patches(4, seed=step)], learning_rate=1e-2)
         for name, value in ours.network.named_parameters():
-            expected[name] = 0.9 * expected[name] + 0.1 * value.detach()
+            expected[name] = decay * expected[name] + (1 - decay) * value.detach()
     averaged = dict(ours.inference_network().named_parameters())
     for name, value in expected.items():
         assert torch.allclose(averaged[name], value, atol=1e-6), name
         assert not torch.equal(averaged[name], dict(ours.network.named_parameters())[name])
 
 
+def test_the_moving_average_has_statistics_that_belong_to_its_weights() -> None:
+    network = build_model(SRResNetConfig(scale=2, num_blocks=1, num_channels=4), seed=0)
+    optim = OptimConfig(ema_decay=0.9)
+    ours = PixelLearner(network, optim, device=CPU, mode=REFERENCE, collective=Collective())
+    name = next(name for name, _ in network.named_buffers() if name.endswith("running_mean"))
+    expected = dict(network.named_buffers())[name].clone()
+    for step, decay in enumerate((2 / 11, 3 / 12)):
+        ours.step([patches(4, seed=step)], learning_rate=1e-2)
+        expected = decay * expected + (1 - decay) * dict(network.named_buffers())[name]
+    assert torch.allclose(dict(ours.inference_network().named_buffers())[name], expected, atol=1e-6)
+
+
 def test_bf16_stays_close_to_float32() -> None:
-    exact, fast = learner(OptimConfig()), learner(OptimConfig(), precision="bf16")
+    exact, fast = learner(OptimConfig()), learner(OptimConfig(), mode=StepMode(bf16=True))
     for seed in range(5):
         batch = patches(8, seed=seed)
-        expected = exact.step([batch], learning_rate=1e-4)["loss"]
-        assert fast.step([batch], learning_rate=1e-4)["loss"] == pytest.approx(expected, rel=2e-2)
+        expected = stepped(exact, batch, learning_rate=1e-4)["loss"]
+        assert stepped(fast, batch, learning_rate=1e-4)["loss"] == pytest.approx(expected, rel=2e-2)
 
 
 def _on_rank(rank: int, world_size: int, folder: str, poisoned_rank: int | None) -> None:
@@ -111,7 +131,7 @@ def _on_rank(rank: int, world_size: int, folder: str, poisoned_rank: int | None)
     try:
         for _ in range(3):
             halves = [(lr_NCHW[share][part::2], hr_NCHW[share][part::2]) for part in range(2)]
-            losses.append(ours.step(halves, learning_rate=1e-3)["loss"])
+            losses.append(stepped(ours, *halves, learning_rate=1e-3)["loss"])
     except NonFiniteLossError as bad:
         error = str(bad)
     torch.save({"losses": losses, "state": ours.state(), "error": error}, f"{folder}/rank{rank}.pt")

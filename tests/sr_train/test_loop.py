@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from sr_data.batch_feed import BatchFeed
 from sr_data.errors import StorageError
 from sr_data.storage import Store, open_store
 from sr_models.architectures import architecture_name, build_model, config_to_dict
 from sr_models.edsr import EDSRConfig
 from sr_train import checkpoint as ckpt
 from sr_train.collective import Collective
-from sr_train.config import OptimConfig, ScheduleConfig
 from sr_train.learner import NonFiniteLossError, PixelLearner
 from sr_train.loop import CheckpointWriteError, LoopPlan, Position, train
+from sr_train.options import OptimConfig, ScheduleConfig
+from sr_train.schedule import learning_rate_at
+from sr_train.step_mode import REFERENCE
 
 TINY = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
 BATCH = 4
@@ -41,6 +44,7 @@ class Recorder:
         self.steps: list[tuple[int, int, Mapping[str, float]]] = []
         self.validations: list[tuple[int, bool]] = []
         self.checkpoints: list[str] = []
+        self.recoveries: list[tuple[int, str]] = []
 
     def on_steps(self, values: Mapping[str, float], *, step: int, num_steps: int, seconds: float) -> None:
         self.steps.append((step, num_steps, values))
@@ -48,8 +52,11 @@ class Recorder:
     def on_validation(self, values: Mapping[str, float], *, step: int, is_best: bool) -> None:
         self.validations.append((step, is_best))
 
-    def on_checkpoint(self, key: str, *, step: int, seconds: float) -> None:
+    def on_checkpoint(self, key: str, *, step: int, seconds: float, stalled_s: float) -> None:
         self.checkpoints.append(key)
+
+    def on_recovery(self, message: str, *, step: int) -> None:
+        self.recoveries.append((step, message))
 
 
 class Scores:
@@ -80,13 +87,30 @@ def loop_plan(*, total_steps: int, interval_steps: int = 100, **changes: object)
 
 def new_learner(optim: OptimConfig) -> PixelLearner:
     network = build_model(TINY, seed=0)
-    return PixelLearner(network, optim, device=torch.device("cpu"), precision="float32", collective=Collective())
+    return PixelLearner(network, optim, device=torch.device("cpu"), mode=REFERENCE, collective=Collective())
+
+
+class CriesOnce:
+    """A watchdog that finds step 5 wrong, the first time, and takes the learner back."""
+
+    def __init__(self, learner: PixelLearner):
+        self._learner = learner
+        self.went_back_to: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+
+    def judge(self, values: Mapping[str, float], *, step: int) -> str | None:
+        return "a wolf" if step == 5 and self.went_back_to is None else None
+
+    def recover(self, saved: Mapping[str, Mapping[str, torch.Tensor]], *, step: int, reason: str) -> str:
+        self.went_back_to = saved
+        self._learner.load_state(saved)
+        return "the sheep are counted"
 
 
 def run(
     plan: LoopPlan,
     store: Store,
     *,
+    watchdog: CriesOnce | None = None,
     learner: PixelLearner | None = None,
     position: Position | None = None,
     validate: Scores | None = None,
@@ -97,13 +121,19 @@ def run(
     ended = train(
         plan,
         learner=learner,
-        source=source or RandomPatches(),  # type: ignore[arg-type]
+        feed=BatchFeed(
+            source or RandomPatches(),  # type: ignore[arg-type]
+            num_micro=plan.optim.accumulation_steps,
+            device=torch.device("cpu"),
+            ahead=False,
+        ),
         validate=validate or Scores(),
         store=store,
         meta=meta,
         position=position or Position(),
         observer=recorder,
         collective=Collective(),
+        watchdog=watchdog,
     )
     return ended, learner, recorder
 
@@ -195,7 +225,7 @@ def test_a_failed_checkpoint_ends_the_run_and_leaves_the_earlier_ones(tmp_path: 
             Store.write(self, key, data)
 
     store = FillsUp(str(tmp_path))
-    with pytest.raises(CheckpointWriteError, match=r"step 4 .*no space left"):
+    with pytest.raises(CheckpointWriteError, match=r"step-000000004.*no space left"):
         run(loop_plan(total_steps=8, interval_steps=2), store)
     assert ckpt.read_checkpoint(store, ckpt.latest_key(store) or "").step == 2
 
@@ -257,3 +287,61 @@ def test_a_run_resumed_after_its_early_stop_stays_stopped(tmp_path: Path) -> Non
     saved = ckpt.read_checkpoint(store, ckpt.latest_key(store) or "")
     ended, _, recorder = run(plan, store, position=Position.from_meta(saved.meta), validate=Scores(30.0))
     assert ended.step == saved.step == 6 and recorder.validations == []
+
+
+def test_a_collapse_goes_back_to_the_last_checkpoint_that_was_judged_good(tmp_path: Path) -> None:
+    """Not to step 4's, which nobody has looked at, though all but one of the others are deleted meanwhile."""
+    plan = loop_plan(
+        total_steps=8,
+        checkpoint_interval_patches=BATCH,
+        validation_interval_patches=3 * BATCH,
+        keep_last=1,
+        best_by="newest",
+    )
+    learner = new_learner(plan.optim)
+    watchdog = CriesOnce(learner)
+    ended, _, recorder = run(plan, open_store(str(tmp_path)), learner=learner, watchdog=watchdog)
+    assert [step for step, _ in recorder.validations] == [0, 3, 6, 8]
+    assert watchdog.went_back_to is not None
+    three_steps = new_learner(plan.optim)
+    for step in range(3):
+        rate = learning_rate_at(plan.schedule, patches_seen=step * BATCH, total_patches=plan.optim.total_patches)
+        three_steps.step([RandomPatches().batch(step)], learning_rate=rate)
+    for name, value in three_steps.state()["model"].items():
+        assert torch.equal(value, watchdog.went_back_to["model"][name]), name
+    ((step, message),) = recorder.recoveries
+    assert step == 5 and message == f"a wolf: back to {ckpt.key_of_step(3)}, the sheep are counted"
+    assert ended.step == 8 and ended.good_step == 8
+
+
+def test_a_recovery_is_saved_at_once(tmp_path: Path) -> None:
+    """A worker that is lost right after it must not go back to the collapse, nor forget that there was one."""
+    plan = loop_plan(total_steps=8, interval_steps=5, best_by="newest")
+    store = open_store(str(tmp_path))
+    learner = new_learner(plan.optim)
+
+    class Stops(RandomPatches):
+        def batch(self, step: int, micro: int = 0, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+            if step == 5:
+                raise KeyboardInterrupt
+            return super().batch(step, micro, num_micro)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, store, learner=learner, watchdog=CriesOnce(learner), source=Stops())
+    saved = ckpt.read_checkpoint(store, ckpt.latest_key(store) or "")
+    assert (saved.step, saved.meta["good_step"]) == (5, 0)
+    for name, value in new_learner(plan.optim).state()["model"].items():
+        assert torch.equal(value, saved.tensors["model"][name]), name
+
+
+def test_a_run_that_went_on_where_lpips_can_be_had_compares_from_there_on(tmp_path: Path) -> None:
+    class Both(Scores):
+        def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
+            return {**super().__call__(network, step), "lpips": {6: 0.3, 8: 0.4}[step]}
+
+    store = open_store(str(tmp_path))
+    run(loop_plan(total_steps=4, interval_steps=2, best_by="newest"), store)
+    saved = ckpt.read_checkpoint(store, ckpt.latest_key(store) or "")
+    plan = loop_plan(total_steps=8, interval_steps=2, best_by="lpips")
+    ended, _, _ = run(plan, store, position=Position.from_meta(saved.meta), validate=Both())
+    assert ended.best is not None and (ended.best["step"], ended.best["lpips"]) == (6, 0.3)

@@ -4,15 +4,31 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
 from sr_data.resize import crop_to_multiple, imresize, upscale_bicubic
-from sr_train.metrics import PAPERS_PROTOCOL, PROTOCOLS, MetricError, luma, psnr, score_image, ssim
+from sr_train.metrics import (
+    PAPERS_PROTOCOL,
+    PROTOCOLS,
+    MetricError,
+    luma,
+    mean_squared_error,
+    measure_image,
+    psnr_db,
+    read_scores,
+    score_image,
+    ssim,
+)
 
 
 def noise(height=40, width=52, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def psnr(first, second):
+    return psnr_db(mean_squared_error(first, second).item())
 
 
 def noisy(image, sigma, seed=1):
@@ -35,7 +51,7 @@ def test_luma_is_bt601_and_not_rounded(rgb, expected):
 
 
 def test_psnr_of_a_constant_difference_is_the_formula():
-    zeros = np.zeros((5, 5))
+    zeros = torch.zeros((5, 5))
     assert psnr(zeros, zeros + 1) == pytest.approx(20 * math.log10(255))
     assert psnr(zeros, zeros + 255) == pytest.approx(0.0)
     assert psnr(zeros, zeros) == math.inf
@@ -45,13 +61,19 @@ def test_psnr_of_a_constant_difference_is_the_formula():
 def test_ssim_is_that_of_scikit_image_on_the_valid_region(sigma):
     first, second = (luma(image) for image in (noise(), noisy(noise(), sigma)))
     _, everywhere = structural_similarity(
-        first, second, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+        first.numpy(),
+        second.numpy(),
+        data_range=255,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
     )
-    assert ssim(first, second) == pytest.approx(everywhere[5:-5, 5:-5].mean(), abs=1e-12)
+    assert ssim(first, second).item() == pytest.approx(everywhere[5:-5, 5:-5].mean(), abs=1e-12)
 
 
-def test_ssim_of_equal_images_is_one():
-    assert ssim(luma(noise()), luma(noise())) == pytest.approx(1.0, abs=1e-12)
+def test_ssim_of_equal_images_is_one_exactly():
+    assert ssim(luma(noise()), luma(noise())).item() == 1.0
 
 
 @pytest.mark.parametrize(
@@ -76,6 +98,101 @@ def test_a_protocol_scores_only_what_lies_inside_its_crop(protocol, crop_px, cha
     assert scored.ssim == score_image(red_only, hr_HWC, scale=crop_px, protocol=PAPERS_PROTOCOL).ssim, "always of Y"
 
 
+def per_pixel(protocol, sr_HWC, hr_HWC, crop_px):
+    """PSNR and SSIM written down once more: whole images, plain numpy, scikit-image's SSIM."""
+    sr, hr = (image[crop_px:-crop_px, crop_px:-crop_px].astype(np.float64) for image in (sr_HWC, hr_HWC))
+    sr_Y, hr_Y = (image @ np.array([65.481, 128.553, 24.966]) / 255 + 16 for image in (sr, hr))
+    error = sr_Y - hr_Y if "@y" in protocol else sr - hr
+    _, ssim_map = structural_similarity(
+        sr_Y, hr_Y, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+    )
+    return 10 * math.log10(255**2 / np.mean(error**2)), ssim_map[5:-5, 5:-5].mean()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("height", "width"), [(700, 500), (40, 9000), (31, 33)])
+def test_images_that_are_worked_on_in_strips_score_as_whole_ones(protocol, height, width):
+    """Strips that end with the image, one of a few rows, one strip alone, rows wider than the strip's share."""
+    hr_HWC = noise(height, width)
+    sr_HWC = noisy(hr_HWC, 20)
+    scored = score_image(sr_HWC, hr_HWC, scale=2, protocol=protocol)
+    expected_db, expected_ssim = per_pixel(protocol, sr_HWC, hr_HWC, PROTOCOLS[protocol].crop_px(2))
+    assert scored.psnr_db == pytest.approx(expected_db, rel=0, abs=1e-11)
+    assert scored.ssim == pytest.approx(expected_ssim, rel=0, abs=1e-12)
+
+
+@pytest.fixture
+def num_threads():
+    """Sets the number of threads; puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_number_of_threads_changes_no_bit(protocol, num_threads):
+    """Workers that share a machine have fewer threads each, and a set's score must not depend on their number."""
+    hr_HWC = noise(413, 617)
+    sr_HWC = noisy(hr_HWC, 10)
+    scores = []
+    for threads in (1, 2, 3, 5):
+        num_threads(threads)
+        scores.append(score_image(sr_HWC, hr_HWC, scale=2, protocol=protocol))
+    assert len(set(scores)) == 1
+
+
+def test_the_squared_error_of_8_bit_images_is_exact():
+    first, second = (torch.from_numpy(noise(700, 501, seed)) for seed in (0, 1))
+    errors = first.to(torch.int64) - second.to(torch.int64)
+    assert mean_squared_error(first, second).item() == int((errors**2).sum()) / first.numel()
+
+
+def test_tensors_and_arrays_of_any_layout_score_alike():
+    hr_HWC = noise()
+    sr_HWC = noisy(hr_HWC, 10)
+    read_only = sr_HWC.copy()
+    read_only.flags.writeable = False
+    expected = score_image(sr_HWC, hr_HWC, scale=2, protocol=PAPERS_PROTOCOL)
+    layouts = [
+        (torch.from_numpy(sr_HWC), hr_HWC),
+        (read_only, torch.from_numpy(hr_HWC)),
+        (torch.from_numpy(sr_HWC).permute(2, 0, 1).contiguous().permute(1, 2, 0), hr_HWC),
+        (sr_HWC[::-1].copy()[::-1], np.asfortranarray(hr_HWC)),
+    ]
+    for sr, hr in layouts:
+        assert score_image(sr, hr, scale=2, protocol=PAPERS_PROTOCOL) == expected
+    assert np.array_equal(read_only, sr_HWC), "nothing is written to the images"
+
+
+def test_images_are_measured_first_and_read_together_in_order():
+    hr_HWC = noise()
+    srs = [noisy(hr_HWC, sigma) for sigma in (5, 50)] + [hr_HWC]
+    arguments = {"scale": 2, "protocol": PAPERS_PROTOCOL}
+    measured = [measure_image(sr, hr_HWC, name=f"{i}", **arguments) for i, sr in enumerate(srs)]
+    assert all(image.values.shape == (2,) and image.values.dtype == torch.float64 for image in measured)
+    expected = [score_image(sr, hr_HWC, name=f"{i}", **arguments) for i, sr in enumerate(srs)]
+    assert read_scores(measured) == expected
+    assert read_scores([]) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_gpu_scores_as_the_cpu_does_and_waits_only_when_read(protocol):
+    hr_HWC = noise(1356, 2040)
+    sr_HWC = noisy(hr_HWC, 10)
+    on_cpu = score_image(sr_HWC, hr_HWC, scale=4, protocol=protocol)
+    sr, hr = (torch.from_numpy(image).cuda() for image in (sr_HWC, hr_HWC))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        measured = measure_image(sr, hr, scale=4, protocol=protocol)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_gpu = read_scores([measured, measure_image(sr, hr_HWC, scale=4, protocol=protocol)])
+    assert on_gpu[0] == on_gpu[1], "an image that is elsewhere is sent"
+    assert on_gpu[0].psnr_db == pytest.approx(on_cpu.psnr_db, abs=1e-9)
+    assert on_gpu[0].ssim == pytest.approx(on_cpu.ssim, abs=1e-12)
+
+
 def test_the_protocols_are_these_three():
     assert list(PROTOCOLS) == ["psnr@y,crop=scale", "psnr@rgb,crop=scale", "psnr@rgb,crop=scale+6"]
 
@@ -89,13 +206,15 @@ def test_bicubic_of_rounded_y_on_set5_gives_the_printed_digits(shared_data, scal
     """As the papers computed it: Y alone, rounded, shrunk and enlarged in floating point, rounded again."""
     psnrs, ssims = [], []
     for path in sorted((shared_data / "Set5/HR").glob("*.png")):
-        hr_Y = np.rint(luma(crop_to_multiple(np.array(Image.open(path).convert("RGB")), scale)))
+        hr_Y = luma(crop_to_multiple(np.array(Image.open(path).convert("RGB")), scale)).round()
         height, width = hr_Y.shape
-        lr_HW1 = imresize(hr_Y[..., None], output_height=height // scale, output_width=width // scale, scale=1 / scale)
-        sr_Y = np.rint(imresize(lr_HW1, output_height=height, output_width=width, scale=scale))[..., 0]
+        lr_HW1 = imresize(
+            hr_Y[..., None].numpy(), output_height=height // scale, output_width=width // scale, scale=1 / scale
+        )
+        sr_Y = torch.from_numpy(imresize(lr_HW1, output_height=height, output_width=width, scale=scale)).round()[..., 0]
         inner = np.s_[scale:-scale, scale:-scale]
         psnrs.append(psnr(sr_Y[inner], hr_Y[inner]))
-        ssims.append(ssim(sr_Y[inner], hr_Y[inner]))
+        ssims.append(ssim(sr_Y[inner], hr_Y[inner]).item())
     assert len(psnrs) == 5
     assert np.mean(psnrs) == pytest.approx(psnr_db, abs=0.005)
     assert np.mean(ssims) == pytest.approx(ssim_mean, abs=0.00005)
@@ -120,6 +239,8 @@ def test_bicubic_on_set5_reads_as_published(shared_data, scale, psnr_db, ssim_me
         (noise(40, 51), "baby: the SR image is 51x40, the HR image 52x40"),
         (noise().astype(np.float32), "baby: the SR image is float32"),
         (noise()[..., 0], r"baby: the SR image is uint8 \(40, 52\)"),
+        (torch.zeros(40, 52, 4, dtype=torch.uint8), r"baby: the SR image is uint8 \(40, 52, 4\)"),
+        (torch.zeros(40, 52, 3), r"baby: the SR image is float32 \(40, 52, 3\)"),
     ],
 )
 def test_images_that_cannot_be_compared_are_named(sr_HWC, message):

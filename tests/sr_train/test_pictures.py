@@ -17,7 +17,7 @@ def images(height: int = 48, width: int = 64, scale: int = 4) -> list[np.ndarray
 
 def test_the_four_images_stand_side_by_side_unchanged() -> None:
     lr, bicubic, sr, hr = images()
-    sheet = comparison(lr, bicubic, sr, hr, captions=CAPTIONS, crop_px_hr=0)
+    sheet = comparison(lr, [bicubic, sr], hr, captions=CAPTIONS, crop_px_hr=0)
     top = sheet.shape[0] - MARGIN_PX - 48
     for column, expected in enumerate([lr.repeat(4, 0).repeat(4, 1), bicubic, sr, hr]):
         left = MARGIN_PX + column * (64 + GAP_PX)
@@ -27,7 +27,7 @@ def test_the_four_images_stand_side_by_side_unchanged() -> None:
 
 def test_the_detail_shows_whole_pixels_of_the_same_place_in_each() -> None:
     lr, bicubic, sr, hr = images()
-    sheet = comparison(lr, bicubic, sr, hr, captions=CAPTIONS, crop_px_hr=16)
+    sheet = comparison(lr, [bicubic, sr], hr, captions=CAPTIONS, crop_px_hr=16)
     top, left = most_detailed(hr, 16, stride_px=4)
     bottom_row = sheet[-MARGIN_PX - 64 : -MARGIN_PX]  # 64 // 16 = 4 times enlarged
     for column, panel in enumerate([lr.repeat(4, 0).repeat(4, 1), bicubic, sr, hr]):
@@ -36,11 +36,11 @@ def test_the_detail_shows_whole_pixels_of_the_same_place_in_each() -> None:
 
 
 def test_large_images_are_reduced_and_the_sheet_is_deterministic() -> None:
-    four = images(height=1200, width=1600)
-    sheet = comparison(*four, captions=["a caption of several words that does not fit"] * 4, panel_px=200)
+    lr, *upscaled, hr = images(height=1200, width=1600)
+    sheet = comparison(lr, upscaled, hr, captions=["a caption of several words that does not fit"] * 4, panel_px=200)
     assert sheet.shape[1] == 4 * 200 + 3 * GAP_PX + 2 * MARGIN_PX
     assert np.array_equal(
-        sheet, comparison(*four, captions=["a caption of several words that does not fit"] * 4, panel_px=200)
+        sheet, comparison(lr, upscaled, hr, captions=["a caption of several words that does not fit"] * 4, panel_px=200)
     )
 
 
@@ -57,12 +57,13 @@ def test_sizes_that_do_not_fit_are_refused(wrong: int) -> None:
     four = images()
     four[wrong] = four[wrong][1:]
     with pytest.raises(ValueError, match="does not fit HR"):
-        comparison(*four, captions=CAPTIONS)
+        comparison(four[0], four[1:3], four[3], captions=CAPTIONS)
 
 
 def test_as_many_captions_as_images() -> None:
+    lr, *upscaled, hr = images()
     with pytest.raises(ValueError, match="3 captions"):
-        comparison(*images(), captions=CAPTIONS[:3])
+        comparison(lr, upscaled, hr, captions=CAPTIONS[:3])
 
 
 def test_the_grid_shows_patches_as_they_are() -> None:

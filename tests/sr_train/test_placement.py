@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sr_train.config import ConfigError, RunConfig
+from sr_train.options import ConfigError, RunConfig
 from sr_train.placement import ClusterFacts, place, placement_warnings
 
 

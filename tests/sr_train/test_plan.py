@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from sr_models.edsr import EDSRConfig
-from sr_train.config import DataConfig, OptimConfig, RunConfig, TrackingConfig, TrainConfig, ValidationConfig
+from sr_train.config import TrainConfig
+from sr_train.options import DataConfig, OptimConfig, RunConfig, TrackingConfig, ValidationConfig
 from sr_train.placement import ClusterFacts
 from sr_train.plan import Plan, PlanError, make_plan
 from sr_train.plan_report import describe

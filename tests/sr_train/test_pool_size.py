@@ -9,7 +9,8 @@ import torch
 from sr_data.manifest import ImageRecord, Manifest
 from sr_data.patch_pool import PatchPool
 from sr_models.edsr import EDSRConfig
-from sr_train.config import ConfigError, DataConfig, OptimConfig, RunConfig, TrainConfig
+from sr_train.config import TrainConfig
+from sr_train.options import ConfigError, DataConfig, OptimConfig, RunConfig
 from sr_train.pool_size import GIB, choose_window, largest_shard_bytes, largest_validation_bytes
 
 SCALE, PATCH_PX = 2, 16

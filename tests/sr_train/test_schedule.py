@@ -2,7 +2,7 @@
 
 import pytest
 
-from sr_train.config import ScheduleConfig
+from sr_train.options import ScheduleConfig
 from sr_train.schedule import learning_rate_at
 
 TOTAL = 1_000

@@ -6,15 +6,17 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
+import torch
 
 from sr_data.pairs import DecodedPair
 from sr_data.resize import downscale_bicubic, upscale_bicubic
+from sr_models.inference import as_tensor
 from sr_train.metrics import PAPERS_PROTOCOL, ImageScore, MetricError, score_image
-from sr_train.validation import SetScore, mean_score, score_pairs, validate_distributed
+from sr_train.validation import SetScore, gather_score, mean_score, score_pairs
 
 SCALE = 2
 
@@ -33,7 +35,8 @@ def bicubic(lr_HWC):
 
 
 def validate(pairs, gather):
-    return validate_distributed(bicubic, pairs, set_name="noise", scale=SCALE, protocol=PAPERS_PROTOCOL, gather=gather)
+    scores = score_pairs(bicubic, pairs, scale=SCALE, protocol=PAPERS_PROTOCOL)
+    return gather_score(scores, set_name="noise", scale=SCALE, protocol=PAPERS_PROTOCOL, gather=gather)
 
 
 def test_each_image_is_upscaled_and_compared_with_its_own_hr():
@@ -43,6 +46,33 @@ def test_each_image_is_upscaled_and_compared_with_its_own_hr():
         for pair in pairs
     ]
     assert score_pairs(bicubic, pairs, scale=SCALE, protocol=PAPERS_PROTOCOL) == expected
+
+
+@dataclass
+class TensorPair:
+    name: str
+    hr_HWC: torch.Tensor
+    lr_HWC: torch.Tensor
+
+
+def test_tensors_score_as_arrays_do_and_nothing_is_read_before_all_are_measured(monkeypatch):
+    """On a GPU reading is waiting."""
+    pairs = make_pairs(3)
+    tensors = [TensorPair(pair.name, as_tensor(pair.hr_HWC), as_tensor(pair.lr_HWC)) for pair in pairs]
+    reads = []
+    for reading in ("tolist", "item", "__float__", "cpu", "numpy", "__bool__"):
+        original = getattr(torch.Tensor, reading)
+        monkeypatch.setattr(
+            torch.Tensor, reading, lambda self, *a, name=reading, to=original, **k: (reads.append(name), to(self))[1]
+        )
+    nearest = score_pairs(
+        lambda lr: lr.repeat_interleave(2, 0).repeat_interleave(2, 1), tensors, scale=SCALE, protocol=PAPERS_PROTOCOL
+    )
+    assert reads == ["tolist"]
+    expected = score_pairs(
+        lambda lr: lr.repeat(2, axis=0).repeat(2, axis=1), pairs, scale=SCALE, protocol=PAPERS_PROTOCOL
+    )
+    assert nearest == expected
 
 
 def test_the_mean_does_not_depend_on_the_order():
@@ -95,7 +125,7 @@ WORKER = """
 import dataclasses, json, pickle, sys
 import torch.distributed as dist
 from sr_data.resize import upscale_bicubic
-from sr_train.validation import validate_distributed
+from sr_train.validation import gather_score, score_pairs
 rank, rendezvous, pairs_file, scale, protocol = sys.argv[1:]
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=2)
 pairs = pickle.load(open(pairs_file, "rb"))
@@ -103,10 +133,9 @@ def gather(scores):
     everyones = [None, None]
     dist.all_gather_object(everyones, scores)
     return everyones
-score = validate_distributed(
-    lambda lr: upscale_bicubic(lr, int(scale)), pairs[int(rank)::2],
-    set_name="noise", scale=int(scale), protocol=protocol, gather=gather,
-)
+scale = int(scale)
+scores = score_pairs(lambda lr: upscale_bicubic(lr, scale), pairs[int(rank)::2], scale=scale, protocol=protocol)
+score = gather_score(scores, set_name="noise", scale=scale, protocol=protocol, gather=gather)
 print(json.dumps(dataclasses.asdict(score)))
 dist.destroy_process_group()
 """
