@@ -28,7 +28,7 @@ from sr_models.errors import ModelError
 from sr_models.inference import upscale_image
 from sr_models.weights import WEIGHTS_FILE, load_config
 from sr_train.tracking import RunHandle
-from sr_train.tracking_server import as_tracking_error, connect
+from sr_train.tracking_server import as_tracking_error, check_tracking, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,6 +81,24 @@ def register_model(
         if alias and int(client.get_registered_model(name).aliases.get(alias, 0)) <= int(found.version):
             client.set_registered_model_alias(name, alias, found.version)
     return RegisteredVersion(name, str(found.version), f"models:/{name}/{found.version}")
+
+
+def version_at(tracking_uri: str, name: str, alias: str) -> str | None:
+    """The version of model `name` that has `alias`; None if there is no such model, or no version of it has it.
+
+    TrackingError if the registry can't be reached or refuses.
+    """
+    check_tracking(tracking_uri)  # MLflow itself would try an unreachable server for minutes
+    with as_tracking_error(tracking_uri):
+        from mlflow.exceptions import MlflowException
+
+        try:
+            aliases = connect(tracking_uri).get_registered_model(name).aliases
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+    return str(aliases[alias]) if alias in aliases else None
 
 
 def _find(client: "MlflowClient", run: RunHandle, name: str, digest: str) -> "ModelVersion | None":
