@@ -68,7 +68,6 @@ def stream_pairs(
     execution. Raises the `DataError` or `StorageError` of the first image that can't be loaded, after the pairs
     before it.
     """
-    _be_quiet()
     source = iter(records)
     start = partial(
         _start_run,
@@ -87,7 +86,7 @@ def stream_pairs(
         while upcoming is not None:
             with closing(upcoming.started.result()) as tables:
                 half, upcoming = upcoming.num_images // 2, None
-                pairs = (pair for table in tables for pair in _pairs(table, scale))
+                pairs = (pair_of_row(table, row, scale) for table in tables for row in range(len(table)))
                 for number, pair in enumerate(pairs):
                     if number == half:
                         upcoming = _next_run(start, source, scale)
@@ -130,10 +129,10 @@ def _next_run(
 ) -> _Run | None:
     """Starts the next execution, of at least one image and about `_MAX_RUN_BYTES`; None at the end of `source`."""
     records: list[ImageRecord] = []
-    num_bytes = 0.0
+    num_bytes = 0
     for record in islice(source, _MAX_RUN_IMAGES):
         records.append(record)
-        num_bytes += 3 * record.width * record.height * (1 + scale**-2)
+        num_bytes += pair_bytes(record, scale)
         if num_bytes >= _MAX_RUN_BYTES:
             break
     if not records:
@@ -160,15 +159,24 @@ def _start_run(
     block_images: int,
     reserved_cpus: float,
 ) -> _Tables:
-    blocks = [
-        {"records": pickle.dumps(records[start : start + block_images])}
-        for start in range(0, len(records), block_images)
-    ]
+    blocks = [records[start : start + block_images] for start in range(0, len(records), block_images)]
+    return _Tables(decoding(blocks, store_uri, scale, num_threads=num_threads, reserved_cpus=reserved_cpus))
+
+
+def decoding(
+    blocks: Sequence[Sequence[ImageRecord]], store_uri: str, scale: int, *, num_threads: int, reserved_cpus: float
+) -> ray.data.Dataset:
+    """One execution of Ray Data that is yet to start: a task and a table per block, in order, see `pair_of_row`.
+
+    The arguments are those of `stream_pairs`.
+    """
+    _be_quiet()
+    items = [{"records": pickle.dumps(block)} for block in blocks]
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free_cpus = resources.get("CPU", 0.0) - reserved_cpus
     num_cpus = min(1.0, max(0.0, round(free_cpus, 2)))
     load = partial(_load_block, store_uri=store_uri, scale=scale, num_threads=num_threads)
-    dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         load,
         batch_size=None,
         batch_format="pyarrow",
@@ -180,7 +188,7 @@ def _start_run(
     limits = ExecutionResources(cpu=free_cpus) if num_cpus else None
     dataset.context.execution_options = ExecutionOptions(resource_limits=limits, preserve_order=True)
     dataset.context.enable_progress_bars = False
-    return _Tables(dataset)
+    return dataset
 
 
 def _load_block(block: pa.Table, *, store_uri: str, scale: int, num_threads: int) -> pa.Table:
@@ -208,21 +216,32 @@ def _load_block(block: pa.Table, *, store_uri: str, scale: int, num_threads: int
         return pa.Table.from_pylist(list(threads.map(load, records)), schema=_SCHEMA)
 
 
-def _pairs(table: pa.Table, scale: int) -> Iterator[DecodedPair]:
-    for index in range(len(table)):
-        row = {name: table[name][index] for name in table.column_names}
-        if row["error"].is_valid:
-            raise pickle.loads(row["error"].as_py())
-        height, width = row["height_lr"].as_py(), row["width_lr"].as_py()
-        yield DecodedPair(
-            name=row["name"].as_py(),
-            hr_HWC=_image(row["hr"], height * scale, width * scale),
-            lr_HWC=_image(row["lr"], height, width),
-        )
+def pair_bytes(record: ImageRecord, scale: int) -> int:
+    """Bytes of the record's two images, decoded."""
+    return 3 * (record.width * record.height + (record.width // scale) * (record.height // scale))
 
 
-def _image(cell: pa.LargeBinaryScalar, height: int, width: int) -> np.ndarray:
-    return np.frombuffer(cell.as_buffer(), np.uint8).reshape(height, width, 3)
+def pair_of_row(table: pa.Table, row: int, scale: int) -> DecodedPair:
+    """The pair in a row of a table of `decoding`: read-only views of the table's memory.
+
+    Raises the `DataError` or `StorageError` of an image that could not be loaded.
+    """
+    name, error, height, width = (table[column][row] for column in ("name", "error", "height_lr", "width_lr"))
+    if error.is_valid:
+        raise pickle.loads(error.as_py())
+    return DecodedPair(
+        name=name.as_py(),
+        hr_HWC=_image(table["hr"], row, height.as_py() * scale, width.as_py() * scale),
+        lr_HWC=_image(table["lr"], row, height.as_py(), width.as_py()),
+    )
+
+
+def _image(images: pa.ChunkedArray, row: int, height: int, width: int) -> np.ndarray:
+    # A scalar of Arrow's would be a copy of the bytes.
+    (chunk,) = images.slice(row, 1).chunks
+    _, offsets, pixels = chunk.buffers()
+    start = np.frombuffer(offsets, np.int64)[chunk.offset]
+    return np.frombuffer(pixels, np.uint8, height * width * 3, start).reshape(height, width, 3)
 
 
 def _be_quiet() -> None:
