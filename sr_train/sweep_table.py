@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sr_models.cost import OUTPUT_PX
+from sr_train.pareto import COSTS, CostName, pareto_front
 from sr_train.trial_record import Point, TrialRecord, Value
 
 ABSENT = "–"
+FRONT = "front"
 MAX_REASON_CHARS = 60
 _RIGHT_ALIGNED = ("#", "parameters", "GFLOPs", "latency ms", "patches", "PSNR dB")
 
@@ -71,13 +73,21 @@ def table_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
     return ["  ".join(_cell(heading, row[heading], widths[heading]) for heading in widths).rstrip() for row in lines]
 
 
-def sweep_table(records: Sequence[TrialRecord]) -> str:
-    """The trials as plain text, best first, with what the columns of costs refer to."""
+def sweep_table(records: Sequence[TrialRecord], *, cost_name: CostName | None = None) -> str:
+    """The trials as plain text, best first, with what the columns refer to.
+
+    `cost_name` adds a column that marks the Pareto front of PSNR against that cost, see `sr_train.pareto`.
+    """
     if not records:
         return "no trials"
+    rows = trial_rows(records)
     height_px, width_px = OUTPUT_PX
-    lines = table_lines(trial_rows(records))
-    return "\n".join([*lines, f"GFLOPs and latency: for an output of {width_px}×{height_px}"])
+    notes = [f"GFLOPs and latency: for an output of {width_px}×{height_px}"]
+    if cost_name is not None:
+        front = {record.name for record in pareto_front(records, cost_name)}
+        rows = [{FRONT: "*" if row["trial"] in front else "", **row} for row in rows]
+        notes += [f"{FRONT} *: no trial has more PSNR at the same or a lower cost ({COSTS[cost_name].label})"]
+    return "\n".join([*table_lines(rows), *notes])
 
 
 def sweep_csv(records: Sequence[TrialRecord]) -> str:

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +116,19 @@ def test_what_earlier_sessions_ended_is_counted_and_not_printed_again() -> None:
     ]
 
 
+def test_the_time_of_a_trial_that_is_tried_again_is_that_of_the_last_try() -> None:
+    clock, out = Clock(), io.StringIO()
+    progress = SweepProgress(num_trials=2, trial_patches=PATCHES, stream=out, clock=clock)
+    for status in ("failed", "finished"):
+        progress.update(trial(1))
+        clock.now_s += 20
+        progress.update(trial(1, 30.0, status=status))
+    assert [line.split(" | ")[0] for line in out.getvalue().splitlines()] == [
+        "trial 1/2 trial-00000001 failed: PSNR 30.00 dB after 3,200 patches, 20 s",
+        "trial 1/2 trial-00000001 finished: PSNR 30.00 dB after 3,200 patches, 20 s",
+    ]
+
+
 class Screen:
     """A pseudo-terminal with what a terminal would show of it."""
 
@@ -222,3 +236,38 @@ def test_in_a_small_terminal_the_table_leaves_out_what_does_not_fit(monkeypatch:
         "8 of 20 trials, 2 running, best 38.00 dB (t…",
         "",
     ]
+
+
+def test_the_best_eight_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch, lines=50, columns=120) as screen:
+        progress = SweepProgress(num_trials=20, trial_patches=PATCHES, stream=screen.stream, clock=Clock())
+        for number in range(1, 13):
+            progress.update(trial(number, 30.0 + number, status="finished"))
+        progress.close()
+    assert [row[:14] for row in screen.rows()[1:-2]] == [f"trial-{number:08x}" for number in range(12, 4, -1)]
+
+
+def test_what_others_print_on_the_terminal_goes_above_and_elsewhere_where_it_should(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere = io.StringIO()
+    with terminal(monkeypatch, lines=24, columns=120) as screen:
+        for name, stream in (("stdout", elsewhere), ("stderr", screen.stream)):
+            monkeypatch.setattr(sys, name, stream)
+        progress = SweepProgress(num_trials=20, trial_patches=PATCHES, clock=Clock())
+        progress.update(trial(1))
+        screen.wait_for("0 of 20 trials, 1 running")
+        print("a warning", file=sys.stderr)
+        print("a result")
+        progress.close()
+    assert [row.partition("  ")[0] for row in screen.rows()[:3]] == ["a warning", "trial", "trial-00000001"]
+    assert elsewhere.getvalue() == "a result\n"
+
+
+def test_a_terminal_without_a_cursor_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch, lines=24, columns=120) as screen:
+        monkeypatch.setenv("TERM", "dumb")
+        progress = SweepProgress(num_trials=1, trial_patches=PATCHES, stream=screen.stream, clock=Clock())
+        progress.update(trial(1, 30.0, status="finished"))
+        progress.close()
+    assert screen.rows()[0].startswith("trial 1/1 trial-00000001 finished: PSNR 30.00 dB")

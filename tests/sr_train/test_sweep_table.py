@@ -49,6 +49,18 @@ def test_a_table_for_people() -> None:
     assert sweep_table([]) == "no trials"
 
 
+def test_the_front_of_a_cost_is_marked() -> None:
+    records = [
+        trial("a", SMALL, 30.0, cost=cost(100, 5.0)),
+        trial("b", SMALL, 31.0, cost=cost(200, 4.0)),
+        trial("c", SMALL, 29.0, cost=cost(300, 3.0)),
+    ]
+    for cost_name, marks in (("parameters", {"a", "b"}), ("gflops", {"b", "c"})):
+        lines = sweep_table(records, cost_name=cost_name).splitlines()
+        assert {line.split()[2] for line in lines[1:4] if line.startswith("*")} == marks
+        assert {line.split()[1] for line in lines[1:4] if not line.startswith("*")} == {"a", "b", "c"} - marks
+
+
 def test_only_options_that_differ_are_shown() -> None:
     records = [
         trial("a", {"kind": "step", "decay": 0.25, "rate": 0.000123456, "batch": 16}),

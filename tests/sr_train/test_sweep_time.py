@@ -94,6 +94,15 @@ def test_trials_that_end_untrained_say_nothing_about_the_pace() -> None:
     assert time_left.at(105.0) == pytest.approx(100.0)
 
 
+def test_a_trial_that_is_tried_again_starts_again() -> None:
+    time_left = SweepTimeLeft(num_trials=1, trial_patches=1000)
+    time_left.note(trial(0), 0.0)
+    time_left.note(trial(0, 300, "failed"), 30.0)
+    time_left.note(trial(0, 300), 500.0)
+    time_left.note(trial(0, 500), 520.0)
+    assert time_left.at(520.0) == pytest.approx(50.0)
+
+
 def test_it_is_never_negative() -> None:
     time_left = SweepTimeLeft(num_trials=2, trial_patches=1000)
     time_left.note(trial(0), 0.0)
