@@ -27,7 +27,7 @@ _KEPT_BLOCKS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedPairs:
-    """The decoded pairs of one dataset at one scale. Picklable; keep it as long as anyone streams from it."""
+    """The decoded pairs of one dataset at one scale. Picklable; the blocks stay as long as any process holds it."""
 
     store_uri: str
     scale: int
@@ -126,7 +126,9 @@ def _stream(
         holder = next((it for it in candidates if record in it.places), None)
         if holder is None:
             decoded = ", ".join(f"{len(it.places)} of {it.store_uri} at scale {it.scale}" for it in sets)
-            raise DataError(f"{store_uri}: {record.name} at scale {scale} is not among the images that were decoded "
-                            f"for all trainings together ({decoded}); they share --data and --validation")  # fmt: skip
+            raise DataError(
+                f"{store_uri}: {record.name} at scale {scale} is not among the images that were decoded for all "
+                f"trainings ({decoded}); all of them need the same --data.uri, --data.split and --validation.uri"
+            )
         block, row = holder.places[record]
         yield pair_of_row(block_of(holder.blocks[block]), row, scale)
