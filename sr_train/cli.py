@@ -54,6 +54,8 @@ class TrainCommand(Generic[ConfigT]):
     resume: bool
     resume_name: str | None = None
     """The --run.name by which the user goes on with it; the run's own when not given."""
+    parent_run_id: str | None = None
+    """The MLflow run that it belongs to, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,8 @@ def parse_train(
     With --resume and no --preset, the saved config of --run.name is what the other flags override. `aliases` are
     shorter names of flags.
     """
-    arguments = [_unaliased(argument, aliases or {}) for argument in arguments]
-    preset = _given(arguments, "--preset")
+    arguments = [unaliased(argument, aliases or {}) for argument in arguments]
+    preset = given(arguments, "--preset")
     if preset is not None and preset not in presets:
         raise ConfigError(f"--preset {preset!r} is unknown; there are: {', '.join(presets)}")
     base = presets[preset or default_preset]
@@ -104,7 +106,7 @@ def parse_train(
     options = parse(saved if saved is not None and preset is None else base)
     config = options.config
     if saved is not None:
-        config = _resumed(saved, config)
+        config = resumed(saved, config)
         _require_same_run(saved, config)
     if not config.data.uri:
         raise ConfigError(
@@ -114,12 +116,14 @@ def parse_train(
     return TrainCommand(config=config, plan_only=options.plan, resume=options.resume)
 
 
-def _unaliased(argument: str, aliases: Mapping[str, str]) -> str:
+def unaliased(argument: str, aliases: Mapping[str, str]) -> str:
+    """The argument with the flag that an alias stands for."""
     flag, equals, value = argument.partition("=")
     return f"{aliases.get(flag, flag)}{equals}{value}"
 
 
-def _given(arguments: Sequence[str], flag: str) -> str | None:
+def given(arguments: Sequence[str], flag: str) -> str | None:
+    """The text that follows a flag, before flags are parsed; None if it is not there."""
     for index, argument in enumerate(arguments):
         if argument == flag and index + 1 < len(arguments):
             return arguments[index + 1]
@@ -130,9 +134,9 @@ def _given(arguments: Sequence[str], flag: str) -> str | None:
 
 def _saved_config(arguments: Sequence[str], base: ConfigT, config_type: type[ConfigT]) -> ConfigT | None:
     """The config that a run of that name left in its folder; None if there is no such run yet."""
-    name = _given(arguments, "--run.name") or base.run.name
+    name = given(arguments, "--run.name") or base.run.name
     try:
-        storage = open_store(_given(arguments, "--run.storage") or base.run.storage)
+        storage = open_store(given(arguments, "--run.storage") or base.run.storage)
         if name is None:
             raise ConfigError(f"--resume needs --run.name: which run below --run.storage {storage.uri} to go on with")
         key = f"{name}/{CONFIG_KEY}"
@@ -149,7 +153,7 @@ def _saved_config(arguments: Sequence[str], base: ConfigT, config_type: type[Con
         ) from error
 
 
-def _resumed(saved: ConfigT, asked: ConfigT) -> ConfigT:
+def resumed(saved: ConfigT, asked: ConfigT) -> ConfigT:
     """What the plan had resolved is kept where samples or sums depend on it, and left open where it no longer fits."""
     run, data = asked.run, asked.data
     if run.num_workers != saved.run.num_workers:

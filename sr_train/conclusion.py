@@ -21,7 +21,7 @@ from sr_train.loop import Position
 from sr_train.model_registry import NOT_PROMOTABLE_TAG, RegisteredVersion, register_model
 from sr_train.options import RunConfig
 from sr_train.plan import Plan
-from sr_train.ray_run import FitResult
+from sr_train.ray_workers import FitResult
 from sr_train.run_folder import COMPARISON_KEY, RESULT_KEY, checkpoint_store
 from sr_train.tracking import RunHandle
 from sr_train.tracking_server import TrackingError

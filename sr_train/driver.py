@@ -2,6 +2,7 @@
 is.
 """
 
+import dataclasses
 import json
 import signal
 import sys
@@ -22,7 +23,8 @@ from sr_train.options import ConfigError
 from sr_train.plan import Plan, PlanError, make_plan
 from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
-from sr_train.ray_run import FitResult, TrainingFailedError, cluster_facts, connect, fit, pair_stream
+from sr_train.ray_cluster import cluster_facts, connect, pair_stream
+from sr_train.ray_workers import FitResult, TrainingFailedError, Workers
 from sr_train.run_facts import run_facts
 from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim
 from sr_train.tracking import RunHandle, Status, finish_run, replay_spool, start_run
@@ -50,7 +52,7 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> str 
     Raises PlanError before training, TrainingFailedError, TrackingError (the model is trained and saved but could not
     be registered; `--resume` registers it), Interrupted.
     """
-    with _interruptible():
+    with interruptible():
         plan = plan_training(command)
         print(describe(plan), flush=True)
         if not command.plan_only:
@@ -62,13 +64,14 @@ def run_training(command: TrainCommand[Any], *, script_started_s: float) -> str 
 def plan_training(command: TrainCommand[Any]) -> Plan:
     """What the command would do; connects to the cluster. PlanError lists what stands against it."""
     connect()
-    return make_plan(
+    plan = make_plan(
         command.config,
         cluster_facts(),
         resume=command.resume,
         resume_name=command.resume_name,
-        progress=_manifest_progress,
+        progress=manifest_progress,
     )
+    return dataclasses.replace(plan, parent_run_id=command.parent_run_id)
 
 
 def _run(plan: Plan, script_started_s: float) -> str:
@@ -129,7 +132,8 @@ def _fit(plan: Plan, job: Job) -> FitResult:
     progress = Progress(total_steps=plan.config.optim.total_steps)
     progress.message("starting the workers: the first step takes about half a minute")
     try:
-        return fit(plan, job, on_message=lambda message: _show(progress, plan, message))
+        with Workers(plan.config.run) as workers:
+            return workers.fit(job, on_message=lambda message: _show(progress, plan, message))
     finally:
         progress.close()
 
@@ -161,7 +165,8 @@ def _show(progress: Progress, plan: Plan, message: Message) -> None:
         progress.message(f"going on from step {values['step']} ({values['checkpoint']})")
 
 
-def _manifest_progress(done: int, total: int) -> None:
+def manifest_progress(done: int, total: int) -> None:
+    """Says how far the reading of a large dataset is."""
     if done % 100 == 0:  # a small set is read before anyone wonders
         print(f"reading the dataset: {done}/{total} images", file=sys.stderr, flush=True)
 
@@ -188,6 +193,7 @@ def _start_tracking(plan: Plan, store: Store, facts: Mapping[str, str]) -> RunHa
             "run_uri": plan.run_uri,
         },
         texts={"config.json": json.dumps(config, indent=2), "plan.txt": describe(plan)},
+        parent_run_id=plan.parent_run_id,
     )
     previous = json.loads(store.read_text(TRACKING_KEY)) if store.exists(TRACKING_KEY) else {}
     handle = None
@@ -214,7 +220,7 @@ def _finish(tracking: RunHandle, status: Status) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGTERM and Ctrl-C as Interrupted, so that the run is closed in MLflow and its user told how to go on."""
 
     def stop(number: int, _frame: object) -> None:

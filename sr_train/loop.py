@@ -30,6 +30,9 @@ from sr_train.learner import Learner, NonFiniteLossError
 from sr_train.options import OptimConfig, ScheduleConfig
 from sr_train.schedule import learning_rate_at
 
+GoesOn = Callable[[Mapping[str, Any]], bool]
+"""Asked with a validation's values and `step`, on rank 0: whether to train on."""
+
 
 class CheckpointWriteError(OSError):
     """A checkpoint could not be written; raised on every worker, at the next checkpoint or the end. Earlier checkpoints
@@ -157,16 +160,19 @@ def train(
     observer: Observer,
     collective: Collective,
     watchdog: Watchdog | None = None,
+    goes_on: GoesOn | None = None,
 ) -> Position:
     """Trains from `position` to the end of the budget (or an early stop) and returns where it ended.
 
-    `validate(network, step)` returns the same values on every worker. `meta` goes into each
-    checkpoint beside the position. Raises NonFiniteLossError, CheckpointWriteError, and whatever `feed`, `validate` and
-    `watchdog` raise.
+    `validate(network, step)` returns the same values on every worker. `meta` goes into each checkpoint beside the
+    position. `goes_on` is asked once a validated checkpoint is in storage; if it says no, all workers stop there.
+    Raises NonFiniteLossError, CheckpointWriteError, and whatever `feed`, `validate` and `watchdog` raise.
     """
     writer = CheckpointWriter(store, keep_last=plan.keep_last)
     try:
-        return _Run(plan, learner, feed, validate, store, writer, meta, observer, collective, watchdog).train(position)
+        return _Run(plan, learner, feed, validate, store, writer, meta, observer, collective, watchdog, goes_on).train(
+            position
+        )
     finally:
         writer.close()
 
@@ -185,12 +191,13 @@ class _Run:
     observer: Observer
     collective: Collective
     watchdog: Watchdog | None
+    goes_on: GoesOn | None
 
     def train(self, position: Position) -> Position:
         plan, optim = self.plan, self.plan.optim
         if self.watchdog is not None and position.step == 0:
             # What training is compared with, and goes back to, from the first step on.
-            position, _ = self._validated(position)
+            position, _, _ = self._validated(position)
             self._save(position)
         window = _Window(interval_s=plan.report_interval_s)
         while position.step < optim.total_steps and not _stops_early(plan, position):
@@ -213,15 +220,17 @@ class _Run:
                 continue
             seconds, fault = self._report(window, step)
             if validation_due and fault is None:
-                position, fault = self._validated(position)
+                position, fault, values = self._validated(position)
             window = window.next(seconds)  # what training stands still for a checkpoint counts, a validation does not
             if fault is not None:
                 self._recover(position, fault)
                 self._save(position)  # else a worker lost now would go back to the collapse
             elif checkpoint_due:
                 self._save(position)
+                if validation_due and not self._asked(values, step):
+                    break
         if position.best is None:  # the budget was cut to what a checkpoint without a validation had reached
-            position, _ = self._validated(position)
+            position, _, _ = self._validated(position)
             self._save(position)
         self._finish_write()
         return position
@@ -247,9 +256,16 @@ class _Run:
         fault = self.watchdog.judge(values, step=step) if self.watchdog is not None else None
         return self.collective.first(seconds), fault
 
-    def _validated(self, position: Position) -> tuple[Position, str | None]:
-        """The position after a validation: whether this step is the best so far, and for how long none was better; and
-        what the watchdog finds wrong, in which case the position is as it was.
+    def _asked(self, values: Mapping[str, float], step: int) -> bool:
+        """Whether training goes on after a validation, on every worker."""
+        if self.goes_on is None:
+            return True
+        self._finish_write()  # what is decided on must be there to go on from
+        return self.collective.first(self.goes_on({**values, "step": step}) if self.collective.rank == 0 else True)
+
+    def _validated(self, position: Position) -> tuple[Position, str | None, Mapping[str, float]]:
+        """The position after a validation: whether this step is the best so far, and for how long none was better; what
+        the watchdog finds wrong, in which case the position is as it was; and the validation's values.
         """
         plan, network = self.plan, self.learner.inference_network()
         was_training = network.training
@@ -263,14 +279,14 @@ class _Run:
         gained = gain >= plan.early_stop_min_gain_db
         self.observer.on_validation(values, step=position.step, is_best=is_best)
         if fault is not None:
-            return position, fault
+            return position, fault, values
         after = Position(
             step=position.step,
             best={"step": position.step, "key": ckpt.key_of_step(position.step), **values} if is_best else best,
             validations_without_gain=0 if gained else position.validations_without_gain + 1,
             good_step=position.step,
         )
-        return after, None
+        return after, None, values
 
     def _save(self, position: Position) -> None:
         """Rank 0 begins to write; all ranks learn whether the last write worked, so that they stop together if not."""

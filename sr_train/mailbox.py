@@ -1,27 +1,71 @@
-"""What workers tell the driver: the class of a Ray actor, alone here so that its process imports no PyTorch."""
+"""What driver and workers tell each other: the class of a Ray actor, alone here so that its process imports no PyTorch.
+
+One group of workers carries out any number of orders, one after another (a sweep's trials; of a training run, the only
+one). The mailbox outlives the workers: those that replace lost ones find the order that is not finished yet, and learn
+whether its error is worth another try. No call waits: an actor with one thread keeps what it is sent in order.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 Message = tuple[str, Mapping[str, Any]]
-"""("start" | "progress" | "validation" | "checkpoint", values)"""
+"""("start" | "progress" | "validation" | "checkpoint" | "recovery" | "ask" | "end", values)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Something for the workers to do."""
+
+    number: int
+    """Counted from 1; the next one comes when this one has ended."""
+    payload: Any
 
 
 class Mailbox:
-    """What workers tell the driver. It outlives them, so it also knows whether an error is not worth another try."""
+    """Between a driver and its workers."""
 
     def __init__(self) -> None:
         self._messages: list[Message] = []
+        self._order: Order | None = None
+        self._closed = False
         self._fatal: str | None = None
+        self._answers: dict[int, bool] = {}
+
+    # The driver
+
+    def place(self, order: Order) -> None:
+        """The workers' next order; the one before has ended."""
+        self._order, self._fatal, self._answers, self._messages = order, None, {}, []
+
+    def close(self) -> None:
+        """There will be no further order."""
+        self._closed = True
+
+    def take(self) -> list[Message]:
+        """The messages since the last call."""
+        taken, self._messages = self._messages, []
+        return taken
+
+    def answer(self, step: int, goes_on: bool) -> None:
+        """To the worker that asked at this step."""
+        self._answers[step] = goes_on
+
+    # The workers
+
+    def order_after(self, number: int) -> tuple[Order | None, bool]:
+        """The order that follows that number, if there is one already; and whether there can still come one."""
+        return self._order if self._order is not None and self._order.number > number else None, not self._closed
 
     def put(self, message: Message) -> None:
         self._messages.append(message)
 
-    def take(self) -> list[Message]:
-        taken, self._messages = self._messages, []
-        return taken
+    def answer_to(self, step: int) -> bool | None:
+        """What the driver answered to the question of this step; None if it has not yet."""
+        return self._answers.get(step)
 
     def set_fatal(self, error: str) -> None:
+        """The order's error would come back however often it is tried."""
         self._fatal = self._fatal or error
 
     def fatal(self) -> str | None:

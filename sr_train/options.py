@@ -270,6 +270,8 @@ class RunConfig:
     """What the workers train on; auto is cuda when the cluster has a GPU for each worker."""
     cpus_per_worker: float | None = None
     """CPUs that Ray reserves for a worker; set by the plan when not given."""
+    gpus_per_worker: float = 1.0
+    """GPU that Ray reserves for a worker: a part of one lets several runs, or trials of a sweep, share it."""
     threads_per_worker: int | None = None
     """PyTorch threads of a worker; set by the plan when not given. Resuming bit for bit needs the same number."""
     max_failures: int = 3
@@ -279,6 +281,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_positive(run__num_workers=self.num_workers)
+        require_positive(run__gpus_per_worker=self.gpus_per_worker)
+        require(
+            self.gpus_per_worker == 1 or (self.gpus_per_worker < 1 and self.num_workers == 1),
+            f"--run.gpus-per-worker={self.gpus_per_worker} must be 1, or less for a single worker: NCCL wants a GPU for "
+            "each worker of a run, and a worker uses one",
+        )
         require(self.max_failures >= 0, f"--run.max-failures={self.max_failures} must be 0 or more")
         if self.name is not None:
             allowed = self.name and all(char.isalnum() or char in "-_." for char in self.name) and self.name[0] != "."

@@ -30,10 +30,10 @@ def place(run: RunConfig, cluster: ClusterFacts) -> RunConfig:
     """`run` with device, CPUs and threads set. ConfigError if the cluster can't hold its workers."""
     device = run.device
     if device == "auto":
-        device = "cuda" if cluster.num_gpus >= run.num_workers else "cpu"
-    if device == "cuda" and cluster.num_gpus < run.num_workers:
+        device = "cuda" if cluster.num_gpus >= run.num_workers * run.gpus_per_worker else "cpu"
+    if device == "cuda" and cluster.num_gpus < run.num_workers * run.gpus_per_worker:
         raise ConfigError(
-            f"--run.device cuda: {run.num_workers} {_workers(run)} a GPU each and the cluster has "
+            f"--run.device cuda: {run.num_workers} {_workers(run)} {_gpu(run)} each and the cluster has "
             f"{cluster.num_gpus:g}: lower --run.num-workers, or train on CPUs with --run.device cpu"
         )
     cpus = run.cpus_per_worker
@@ -42,7 +42,8 @@ def place(run: RunConfig, cluster: ClusterFacts) -> RunConfig:
         # reservation, not a limit.
         spare = cluster.num_cpus - CPUS_FOR_DECODING
         cpus = 1.0 if spare >= run.num_workers else int(spare / run.num_workers * 100) / 100
-    capacities = tuple(_capacities(cluster, device, cpus)) if cpus > 0 else ()
+    gpus = run.gpus_per_worker if device == "cuda" else None
+    capacities = tuple(num_fitting(cluster, cpus, gpus)) if cpus > 0 else ()
     if sum(capacities) < run.num_workers or cpus * run.num_workers + CPUS_FOR_DECODING > cluster.num_cpus:
         each = f" with {cpus:g} CPUs each" if run.cpus_per_worker else ""
         nodes = " + ".join(f"{cpus:g}" for cpus in cluster.cpus_per_node)
@@ -68,11 +69,15 @@ def placement_warnings(run: RunConfig, cluster: ClusterFacts) -> Iterator[str]:
         )
 
 
-def _capacities(cluster: ClusterFacts, device: str, cpus: float) -> Iterator[int]:
-    """How many workers each node can hold."""
+def num_fitting(cluster: ClusterFacts, cpus: float, gpus: float | None) -> Iterator[int]:
+    """How many workers with so many CPUs and GPUs each node can hold; None: they use no GPU."""
     for node_cpus, node_gpus in zip(cluster.cpus_per_node, cluster.gpus_per_node, strict=True):
         by_cpus = int(node_cpus / cpus + 1e-6)  # 1.5 / 0.3 is 4.999…
-        yield min(by_cpus, int(node_gpus)) if device == "cuda" else by_cpus
+        yield by_cpus if gpus is None else min(by_cpus, int(node_gpus / gpus + 1e-6))
+
+
+def _gpu(run: RunConfig) -> str:
+    return "a GPU" if run.gpus_per_worker == 1 else f"{run.gpus_per_worker:g} of a GPU"
 
 
 def _threads(cluster: ClusterFacts, capacities: tuple[int, ...], num_workers: int) -> int:

@@ -65,6 +65,8 @@ class Plan:
     warnings: tuple[str, ...]
     resume_name: str
     """The --run.name by which the user goes on with it."""
+    parent_run_id: str | None = None
+    """The MLflow run that this one belongs to, where there is one."""
 
     @property
     def run_uri(self) -> str:

@@ -27,8 +27,8 @@ def _what(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("run", f"{config.run.name} in {plan.run_uri}{_start(plan)}"),
         ("model", f"{_model_name(plan)}, {num_parameters(config.model):,} parameters"),
-        ("training set", _dataset_line(plan.train)),
-        ("validation set", _dataset_line(plan.validation)),
+        ("training set", dataset_line(plan.train)),
+        ("validation set", dataset_line(plan.validation)),
         ("budget", budget),
         ("patch", f"{size}; {_si(flops_per_patch)}FLOP each, {_si(flops_per_patch * total)}FLOP in all"),
     ]
@@ -91,7 +91,7 @@ def _model_name(plan: Plan) -> str:
     return f"{architecture_name(plan.config.model)} x{plan.config.model.scale}"
 
 
-def _dataset_line(manifest: Manifest) -> str:
+def dataset_line(manifest: Manifest) -> str:
     pixels = sum(record.width * record.height for record in manifest.images) / 1e6
     decisions = "".join(f"; {name}: {count}" for name, count in manifest.decisions.items())
     images = f"{_count(len(manifest.images), 'image')}, {pixels:.3g} Mpx"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,8 +33,8 @@ from sr_train.tracking_server import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["RunHandle", "Status", "Tracker", "TrackingError", "check_tracking", "finish_run", "replay_spool",
-           "resolve_tracking_uri", "run_facts", "start_run"]  # fmt: skip
+__all__ = ["RunHandle", "Status", "Tracker", "TrackingError", "check_tracking", "finish_run", "record_outcome",
+           "replay_spool", "resolve_tracking_uri", "run_facts", "start_run"]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,20 @@ def start_run(
         for path, text in texts.items():
             client.log_text(handle.run_id, text, path)
     return handle
+
+
+def record_outcome(run: RunHandle, *, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
+    """Records final numbers and files (by path) at once, where someone waits for them. Raises TrackingError."""
+    from mlflow.entities import Metric
+
+    with as_tracking_error(run.tracking_uri), TemporaryDirectory(prefix="sr-outcome-") as folder:
+        client = connect(run.tracking_uri)
+        _log(client, run.run_id, metrics=[Metric(name, value, _now_ms(), 0) for name, value in metrics.items()])
+        for path, content in files.items():
+            local = Path(folder) / Path(path).name
+            local.write_bytes(content)
+            parent = Path(path).parent.as_posix()
+            client.log_artifact(run.run_id, str(local), None if parent == "." else parent)
 
 
 def finish_run(run: RunHandle, status: Status, *, spool: Path | None = None) -> None:

@@ -40,6 +40,8 @@ class TrialRecord:
     """Why it failed or is over a limit."""
     checkpoint: str | None = None
     """URI of its best checkpoint."""
+    newest_checkpoint: str | None = None
+    """URI of its last validation's checkpoint."""
     mlflow_run: str | None = None
     """Id of its MLflow run, where there is one."""
     seconds: Mapping[str, float] = field(default_factory=dict)

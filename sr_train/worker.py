@@ -19,11 +19,12 @@ from sr_data.sampling import SamplePlan
 from sr_data.storage import open_store
 from sr_models.architectures import architecture_name, build_model
 from sr_models.architectures import config_to_dict as model_config_to_dict
+from sr_models.cost import latency_s
 from sr_models.network import SRNetwork
 from sr_train import checkpoint as ckpt
 from sr_train.collective import Collective
 from sr_train.config import TrainConfig, config_to_dict
-from sr_train.loop import LoopPlan, Position, train
+from sr_train.loop import GoesOn, LoopPlan, Position, train
 from sr_train.method import Assets
 from sr_train.methods import method_of
 from sr_train.run_folder import OwnedStore, checkpoint_store
@@ -60,13 +61,18 @@ class Job:
     stream_pairs: StreamPairs
     script_started_s: float
     """time.time() when the user started the run."""
+    measures_latency: bool = False
+    """Whether to measure, and tell, how long the network takes for an image before it is trained."""
 
 
-def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position, dict[str, float]]:
+def run_worker(
+    job: Job, *, device: torch.device, send: Send, goes_on: GoesOn | None = None
+) -> tuple[Position, dict[str, float]]:
     """Goes on from the run's newest checkpoint, or begins, and trains to the end. Returns where it ended, and what it
     cost.
 
-    `send` tells the driver something, and does nothing but on rank 0.
+    `send` tells the driver something, and does nothing but on rank 0. `goes_on` as for `sr_train.loop.train`; with
+    `job.measures_latency` it is asked before the first step too, with `latency_s`.
     """
     config = job.config
     collective = Collective.of_process_group()
@@ -87,6 +93,8 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
     pids = collective.gather(os.getpid())
     send("start", {"step": position.step, "checkpoint": key, "device": str(device), "pids": pids})
 
+    if job.measures_latency and not _latency_told(job, position, device, goes_on, collective):
+        return position, {}
     tracker = None
     if job.tracking is not None and collective.rank == 0:
         tracker = Tracker(job.tracking, spool=SPOOL)
@@ -120,6 +128,7 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
             observer=observer,
             collective=collective,
             watchdog=parts.watchdog,
+            goes_on=goes_on,
         )
     except FeedError as error:
         raise (error.__cause__ or error) from None
@@ -128,6 +137,16 @@ def run_worker(job: Job, *, device: torch.device, send: Send) -> tuple[Position,
         validator.close()
         undelivered = tracker.close() if tracker is not None else 0
     return position, observer.measures() | {"undelivered_tracking_items": float(undelivered)}
+
+
+def _latency_told(
+    job: Job, position: Position, device: torch.device, goes_on: GoesOn | None, collective: Collective
+) -> bool:
+    """Whether training goes on, on every worker, now that the network's latency is known."""
+    answer = True
+    if collective.rank == 0 and goes_on is not None:
+        answer = goes_on({"step": position.step, "latency_s": latency_s(build_model(job.config.model, seed=0), device)})
+    return collective.first(answer)
 
 
 def _initial_network(job: Job) -> SRNetwork:

@@ -288,7 +288,7 @@ def test_processes_of_a_job_know_their_cluster(ray_head: RayHead, tmp_path: Path
     """Else Ray's helpers look for a cluster on the machine, and may find another one."""
     (tmp_path / "job.py").write_text(
         "import os, ray\n"
-        "from sr_train.ray_run import connect\n"
+        "from sr_train.ray_cluster import connect\n"
         "connect()\n"
         "address = ray.get(ray.remote(lambda: os.environ['RAY_ADDRESS']).remote())\n"
         "assert address == ray.get_runtime_context().gcs_address, address\n"

@@ -8,7 +8,7 @@ import ray
 import torch
 
 from sr_train.mailbox import Message
-from sr_train.ray_run import connect
+from sr_train.ray_cluster import connect
 from tests.support.runs import final_tensors, planned, run
 
 pytestmark = pytest.mark.e2e

@@ -15,7 +15,8 @@ from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair, load_pair
 from sr_data.storage import open_store
 from sr_train.mailbox import Message
-from sr_train.ray_run import TrainingFailedError, connect, pair_stream
+from sr_train.ray_cluster import connect, pair_stream
+from sr_train.ray_workers import TrainingFailedError
 from sr_train.worker import StreamPairs
 from tests.support.runs import CHECKPOINT_STEPS, TOTAL_STEPS, final_tensors, planned, run
 

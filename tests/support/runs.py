@@ -16,7 +16,8 @@ from sr_train.driver import make_job
 from sr_train.mailbox import Message
 from sr_train.options import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ValidationConfig
 from sr_train.plan import Plan, make_plan
-from sr_train.ray_run import FitResult, cluster_facts, fit
+from sr_train.ray_cluster import cluster_facts
+from sr_train.ray_workers import FitResult, Workers
 from sr_train.run_folder import checkpoint_store, claim
 from sr_train.worker import StreamPairs
 
@@ -44,7 +45,8 @@ def run(plan: Plan, messages: list[Message], feed: StreamPairs | None = None) ->
     """Trains on the cluster; `feed` takes the place of the images' stream."""
     owner = claim(open_store(plan.run_uri))
     job = make_job(plan, tracking=None, owner=owner, git_sha="unknown", script_started_s=0.0)
-    return fit(plan, replace(job, stream_pairs=feed or job.stream_pairs), on_message=messages.append)
+    with Workers(plan.config.run) as workers:
+        return workers.fit(replace(job, stream_pairs=feed or job.stream_pairs), on_message=messages.append)
 
 
 def final_tensors(plan: Plan) -> Mapping[str, torch.Tensor]:

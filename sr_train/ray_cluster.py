@@ -1,0 +1,114 @@
+"""The Ray cluster as a driver finds it: joined or started, what it offers, and how it streams images."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import ray
+
+from sr_data.manifest import ImageRecord
+from sr_data.pairs import DecodedPair
+from sr_data.ray_source import stream_pairs
+from sr_train.config import TrainConfig
+from sr_train.options import ConfigError
+from sr_train.placement import ClusterFacts
+from sr_train.worker import StreamPairs
+
+_BLOCK_IMAGES = 16
+_API_SERVER = "RAY_API_SERVER_ADDRESS"
+_ADDRESS = "RAY_ADDRESS"
+_ADDRESS_ADVICE = "start it or give another address; without any, this machine is used"
+
+
+def pair_stream(config: TrainConfig[Any]) -> StreamPairs:
+    """How workers get images: Ray Data tasks beside them, on the CPUs that the workers leave free."""
+    reserved_cpus = config.run.num_workers * (config.run.cpus_per_worker or 1)
+    return partial(_stream, num_threads=config.data.decode_threads, reserved_cpus=reserved_cpus)
+
+
+def _stream(
+    uri: str, records: Iterable[ImageRecord], scale: int, *, num_threads: int, reserved_cpus: float
+) -> Iterator[DecodedPair]:
+    return stream_pairs(
+        uri, records, scale, num_threads=num_threads, block_images=_BLOCK_IMAGES, reserved_cpus=reserved_cpus
+    )
+
+
+def set_defaults() -> None:
+    """How Ray Train and PyTorch behave in this process and those it starts; what the user has set stays."""
+    # How soon the end of training, or the loss of a worker, is seen; and no second copy of what a worker prints.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # DDP's advice not to look for unused parameters; why it does is said in sr_train/learner.py.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # On a machine with other work, idle threads that spin cost half the speed (measured: 37 s against 14 to 20 s).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS names or that `ray start` left on this machine; else starts one, for this
+    process.
+    """
+    set_defaults()
+    if ray.is_initialized():
+        return
+    _check_address()
+    # Ray Train's clean-up actor asks the dashboard's State API whether the run's controller lives. Without a dashboard
+    # it can't know; and where several clusters run on a machine it may ask another one's, be told "no such actor", and
+    # take a live run's workers away (both seen). So a cluster that starts here gets a dashboard, and its processes
+    # inherit that one's address; in a cluster that runs already, this job's processes get the address it was given.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    previous = os.environ.get(_API_SERVER)
+    os.environ[_API_SERVER] = f"http://127.0.0.1:{port}"
+    try:
+        # Ray's warnings are about clusters that others run; errors are shown.
+        context = ray.init(
+            logging_level=logging.ERROR, include_dashboard=True, dashboard_port=port, runtime_env=_joined_runtime_env()
+        )
+    except (ConnectionError, ValueError) as error:
+        if _ADDRESS not in os.environ:
+            raise
+        raise ConfigError(f"{_ADDRESS}={os.environ[_ADDRESS]} is no Ray cluster: {error}; {_ADDRESS_ADVICE}") from error
+    finally:
+        if previous is None:
+            del os.environ[_API_SERVER]
+        else:
+            os.environ[_API_SERVER] = previous
+    if context.dashboard_url == f"127.0.0.1:{port}":  # started here, so no node of it will be given notice
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
+def _joined_runtime_env() -> dict[str, Any] | None:
+    """The address of the cluster that is joined, for this job's processes there; None where one starts here."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    joins = address not in ("", "auto", "local") and "://" not in address
+    return {"env_vars": {"RAY_ADDRESS": address}} if joins else None
+
+
+def _check_address() -> None:
+    """ConfigError if nobody listens at RAY_ADDRESS, which Ray itself would find out in more than two minutes."""
+    address = os.environ.get(_ADDRESS, "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local" and mistakes are for Ray to judge
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{_ADDRESS}={address}: no cluster can be reached there ({error.strerror or error}); {_ADDRESS_ADVICE}"
+        ) from error
+
+
+def cluster_facts() -> ClusterFacts:
+    """CPUs and GPUs of the nodes that are alive."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return ClusterFacts(
+        cpus_per_node=tuple(float(resources.get("CPU", 0)) for resources in alive),
+        gpus_per_node=tuple(float(resources.get("GPU", 0)) for resources in alive),
+    )

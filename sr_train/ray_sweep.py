@@ -1,0 +1,269 @@
+"""A sweep's trials under Ray Tune: which comes next, how many at once, which are stopped.
+
+A trial is an actor that uses no CPU of its own and holds a group of workers (`sr_train.ray_workers`), where training
+happens. Both stay for the trials that follow. Of what Tune keeps nothing is read again: a sweep goes on from its
+trials' records, which are told to a new Tune as if the trials ran again (docs/decisions/0010).
+"""
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ray import tune
+from ray.tune import schedulers
+from ray.tune.experiment import Trial as TuneTrial
+
+from sr_data.manifest import Manifest
+from sr_data.shared_pairs import SharedPairs, decode_once, shared_stream
+from sr_train.ray_cluster import set_defaults
+from sr_train.ray_workers import POLL_INTERVAL_S, Workers
+from sr_train.search_space import choices
+from sr_train.sweep_plan import SweepPlan
+from sr_train.tpe_search import PSNR, TpeSearch, as_config, name_in, sample_in
+from sr_train.training_space import LEARNING_RATE
+from sr_train.trial import TrialTask, run_trial
+from sr_train.trial_record import TrialRecord, record_from_json, record_to_json
+from sr_train.worker import StreamPairs
+
+_PATCHES, _RECORD, _CHECKPOINT_FILE = "patches_seen", "record", "record.json"
+_BLOCK_IMAGES = 16
+_ACTOR_RESOURCES = {"memory": 1.0}
+"""A byte: Tune wants something to reserve, and a share of a CPU would be missing where workers take whole ones."""
+_STOP_TIMEOUT_S = 120.0
+
+
+def decode_shared(sweep: SweepPlan) -> tuple[StreamPairs, list[SharedPairs]]:
+    """Reads and decodes training and validation images once, for all trials. Keep the second value while they run."""
+    base = sweep.base
+    sets: dict[tuple[str, int, str], Manifest] = {}
+    for manifest in (base.train, base.validation):
+        sets.setdefault((manifest.uri, manifest.scale, manifest.fingerprint), manifest)
+    shared = [
+        decode_once(
+            manifest.uri,
+            manifest.images,
+            manifest.scale,
+            num_threads=base.config.data.decode_threads,
+            block_images=_BLOCK_IMAGES,
+        )
+        for manifest in sets.values()
+    ]
+    return shared_stream(shared), shared
+
+
+def run_sweep(task: TrialTask, *, on_record: Callable[[TrialRecord], None]) -> None:
+    """Runs all trials. `on_record` is called in the caller's thread whenever a trial's record has changed; a trial that
+    crashed too often is recorded as failed. Raises what Tune itself fails with.
+    """
+    sweep = task.sweep
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the records are the log
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that fails early has no PSNR
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    for name in ("ray.tune", "ray.train", "ray.air"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    listener = _Listener()
+    with TemporaryDirectory(prefix="sr-ray-tune-", ignore_cleanup_errors=True) as state:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_TrialActor, task=task), _ACTOR_RESOURCES),
+            param_space={} if sweep.samples is None else {"trial": tune.grid_search(_members(sweep))},
+            tune_config=tune.TuneConfig(
+                search_alg=TpeSearch(sweep) if sweep.samples is None else None,
+                scheduler=_scheduler(sweep),
+                num_samples=sweep.num_trials if sweep.samples is None else 1,
+                max_concurrent_trials=sweep.max_concurrent,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: name_in(trial.config),
+                trial_dirname_creator=lambda trial: name_in(trial.config),
+            ),
+            run_config=tune.RunConfig(
+                name=sweep.name,
+                storage_path=state,
+                verbose=0,
+                callbacks=[listener],
+                failure_config=tune.FailureConfig(max_failures=sweep.base.config.run.max_failures),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        _fit_in_thread(tuner, listener, on_record)
+
+
+def _fit_in_thread(tuner: tune.Tuner, listener: "_Listener", on_record: Callable[[TrialRecord], None]) -> None:
+    """Tune in a thread, so that the caller's can be interrupted: Tune would take the signals for itself."""
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except Exception as error:  # noqa: BLE001  handed to the caller's thread, which raises it
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-tune-fit", daemon=True)
+    thread.start()
+    alive = True
+    while alive:
+        thread.join(POLL_INTERVAL_S)
+        alive = thread.is_alive()
+        while not listener.records.empty():
+            on_record(listener.records.get())
+    if errors:
+        raise errors[0]
+
+
+class _Listener(tune.Callback):
+    """Takes what Tune hears of its trials to the driver's thread."""
+
+    def __init__(self) -> None:
+        self.records: queue.Queue[TrialRecord] = queue.Queue()
+        self._last: dict[str, TrialRecord] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its callbacks, which nobody reads again."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        if trial.trial_id not in self._last:
+            self._tell(trial, TrialRecord(name=str(trial), sample=sample_in(trial.config)))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._tell(trial, record_from_json(result[_RECORD]))
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        record = self._last.get(trial.trial_id)
+        if record is not None and not record.is_over:  # Tune stopped it, so its actor has nothing more to tell
+            self._tell(trial, replace(record, status="stopped"))
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        record = self._last.get(trial.trial_id)
+        if record is not None:
+            lines = str(trial.get_error() or "its actor was lost").strip().splitlines()
+            self._tell(trial, replace(record, status="failed", reason=lines[-1]))
+
+    def _tell(self, trial: TuneTrial, record: TrialRecord) -> None:
+        self._last[trial.trial_id] = record
+        self.records.put(record)
+
+
+class _TrialActor(tune.Trainable):
+    """Trials, one after another, and the workers that train them."""
+
+    def setup(self, config: dict[str, Any], task: TrialTask) -> None:  # type: ignore[override]  # tune.with_parameters
+        set_defaults()
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        self._task = task
+        self._workers = Workers(task.sweep.base.config.run)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._told: queue.Queue[tuple[TrialRecord, bool] | BaseException] = queue.Queue()
+        self._answers: queue.Queue[bool] = queue.Queue()
+        self._record: TrialRecord | None = None
+        self._donor: TrialRecord | None = None
+
+    def step(self) -> dict[str, Any]:
+        """Trains to the next validation, or to the end."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
+            self._thread.start()
+        else:
+            self._answers.put(True)
+        told = self._told.get()
+        if isinstance(told, BaseException):
+            raise told
+        self._record, is_end = told
+        scores: dict[str, Any] = {}
+        if self._record.history:
+            point = self._record.history[-1]
+            scores = {PSNR: point.psnr_db, _PATCHES: point.patches_seen}
+        return {**scores, _RECORD: record_to_json(self._record), "done": is_end}
+
+    def _train(self) -> None:
+        """In a thread: Tune calls `step` for each validation, while training is one call."""
+        try:
+            record = run_trial(
+                self._task,
+                self.trial_name,
+                sample_in(self.config),
+                workers=self._workers,
+                report=self._report,
+                donor=self._donor,
+            )
+        except BaseException as error:  # noqa: BLE001  raised where Tune waits
+            self._told.put(error)
+        else:
+            self._told.put((record, True))
+
+    def _report(self, record: TrialRecord) -> bool:
+        self._told.put((record, False))
+        return self._answers.get()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial in this actor, or (PBT) this one with what it shall go on with."""
+        self._end()
+        self._begin()
+        return True
+
+    def cleanup(self) -> None:
+        self._end()
+        self._workers.close()
+
+    def _end(self) -> None:
+        """Of a trial that Tune stopped: it waits for an answer, ends its workers' order and writes its record."""
+        if self._thread is not None:
+            self._answers.put(False)
+            self._thread.join(_STOP_TIMEOUT_S)
+
+    # What PBT's trials give one another: the record, which says where the checkpoint is.
+
+    def save_checkpoint(self, checkpoint_dir: str) -> Any:
+        assert self._record is not None  # Tune saves after a step
+        (Path(checkpoint_dir) / _CHECKPOINT_FILE).write_text(record_to_json(self._record))
+        return checkpoint_dir
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        self._donor = record_from_json((Path(checkpoint) / _CHECKPOINT_FILE).read_text())
+
+
+def _members(sweep: SweepPlan) -> list[dict[str, Any]]:
+    """The trials of a sweep that knows them. A member of a population changes what it trains with, so its name does not
+    say it.
+    """
+    samples = sweep.samples or ()
+    if sweep.config.search.scheduler == "pbt":
+        return [as_config(sample, f"member-{number:03d}")["trial"] for number, sample in enumerate(samples)]
+    return [as_config(sample)["trial"] for sample in samples]
+
+
+def _scheduler(sweep: SweepPlan) -> schedulers.TrialScheduler:
+    search = sweep.config.search
+    if search.scheduler == "asha":
+        return schedulers.ASHAScheduler(
+            time_attr=_PATCHES,
+            metric=PSNR,
+            mode="max",
+            max_t=sweep.trial_patches,
+            grace_period=sweep.grace_patches,
+            reduction_factor=search.reduction_factor,
+            stop_last_trials=False,  # they end by themselves, with their last validation
+        )
+    if search.scheduler == "pbt":
+        domain = sweep.config.space.schedule.learning_rate
+        values = choices(domain)
+        rates = list(values) if values is not None else tune.loguniform(*map(float, domain.values))
+        return schedulers.PopulationBasedTraining(
+            time_attr=_PATCHES,
+            metric=PSNR,
+            mode="max",
+            perturbation_interval=sweep.grace_patches,
+            hyperparam_mutations={"trial": {"sample": {LEARNING_RATE: rates}}},
+            log_config=False,
+        )
+    return schedulers.FIFOScheduler()  # type: ignore[no-untyped-call]

@@ -1,0 +1,263 @@
+"""Workers on a Ray cluster that carry out jobs: they start, fail, come back, and tell the driver what happens.
+
+Ray Train brings the workers up, joins them in a process group, and starts them again when one is lost. Position and
+weights come from the run's own checkpoints (docs/decisions/0002), images from Ray Data inside each worker
+(docs/decisions/0003) or from a sweep's shared ones. A group can do one job after another, so that the trials of a sweep
+don't start it each time: that takes longer than training a small trial (docs/decisions/0010).
+"""
+
+import errno
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sr_data.errors import DataError, StorageError
+from sr_train.checkpoint import CheckpointError
+from sr_train.gan_watchdog import CollapseError
+from sr_train.learner import NonFiniteLossError
+from sr_train.loop import CheckpointWriteError, Position
+from sr_train.mailbox import Mailbox, Message, Order
+from sr_train.metrics import MetricError
+from sr_train.options import RunConfig as TrainRunConfig
+from sr_train.worker import Job, run_worker
+
+POLL_INTERVAL_S = 0.1
+"""How often either side looks into the mailbox while it waits."""
+
+
+class TrainingFailedError(RuntimeError):
+    """Training ended without reaching the end; the message says why. What was saved is still there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """How training ended, and what it cost."""
+
+    position: Position
+    measures: Mapping[str, float]
+    """What training cost on rank 0, by name with unit."""
+    num_restarts: int
+
+
+class Workers:
+    """A group of workers as `run` describes it (number, device, CPUs, failures), from the first job to `close`.
+
+    Lost workers are replaced `run.max_failures` times during one job. Use it in a `with` block, from one thread.
+    """
+
+    def __init__(self, run: TrainRunConfig) -> None:
+        self._run = run
+        self._num_orders = 0
+        self._group: _Group | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an interrupt the driver ends, and Ray ends the workers with it: they may be busy for long.
+        self.close(wait=error is None or isinstance(error, Exception))
+
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the workers; `wait`ing until they have ended."""
+        if self._group is not None:
+            self._group.close(wait=wait)
+            self._group = None
+
+    def fit(
+        self,
+        job: Job,
+        *,
+        on_message: Callable[[Message], None],
+        goes_on: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> FitResult:
+        """Trains until the budget ends. The workers are started where there are none.
+
+        `on_message` is called with what rank 0 sends: ("progress" | "validation" | "checkpoint" | "recovery" | "start",
+        values). `goes_on` is asked after each validation, with its values, while the workers wait: whether to train on.
+        Raises TrainingFailedError.
+        """
+        self._num_orders += 1
+        order = Order(self._num_orders, {"job": job, "asks": goes_on is not None})
+        starts = 0
+        while True:
+            group = self._group = self._group or _Group(self._run)
+            starts_before = starts
+            group.place(order)
+            for kind, values in group.messages():
+                if kind == "ask":
+                    assert goes_on is not None  # the order says whether to ask
+                    group.answer(values["step"], goes_on(values))
+                elif kind == "end":
+                    return _result(values, num_restarts=max(0, starts - 1))
+                else:
+                    starts += kind == "start"
+                    on_message((kind, values))
+            # Ray Train gave up. Its failures are counted over all of the group's jobs, ours over this one.
+            reason = group.failure()
+            self.close(wait=False)
+            if group.is_fatal or starts == starts_before or starts > self._run.max_failures:
+                raise TrainingFailedError(reason)
+
+
+def _result(values: Mapping[str, Any], *, num_restarts: int) -> FitResult:
+    if "error" in values:
+        raise TrainingFailedError(values["error"])
+    return FitResult(
+        position=Position.from_meta(values["position"]), measures=values["measures"], num_restarts=num_restarts
+    )
+
+
+class _Group:
+    """One run of Ray Train and the mailbox beside it."""
+
+    def __init__(self, run: TrainRunConfig) -> None:
+        self._mailbox = _mailbox()
+        self._error: Exception | None = None
+        self.is_fatal = False
+        self._thread = threading.Thread(target=self._fit, args=(run,), name="ray-train-fit", daemon=True)
+        self._thread.start()
+
+    def _fit(self, run: TrainRunConfig) -> None:
+        """In a thread, so that the caller's can be interrupted: Ray's own wait notices signals late or not at all."""
+        try:
+            # Ray's own state holds nothing that a run needs, so it stays on the driver's machine and ends with it.
+            with TemporaryDirectory(prefix="sr-ray-train-", ignore_cleanup_errors=True) as ray_state:
+                _trainer(run, self._mailbox, ray_state).fit()
+        except Exception as error:  # noqa: BLE001  told to whoever waits for messages
+            self._error = error
+
+    def place(self, order: Order) -> None:
+        ray.get(self._mailbox.place.remote(order))
+
+    def answer(self, step: int, goes_on: bool) -> None:
+        self._mailbox.answer.remote(step, goes_on)
+
+    def messages(self) -> Iterator[Message]:
+        """What the workers send, for as long as Ray Train runs."""
+        alive = True
+        while alive:
+            self._thread.join(POLL_INTERVAL_S)
+            alive = self._thread.is_alive()
+            yield from ray.get(self._mailbox.take.remote())
+
+    def failure(self) -> str:
+        """Why Ray Train ended."""
+        fatal: str | None = ray.get(self._mailbox.fatal.remote())
+        self.is_fatal = fatal is not None
+        return fatal or _reason(self._error)
+
+    def close(self, *, wait: bool) -> None:
+        self._mailbox.close.remote()
+        if wait:
+            self._thread.join()
+
+
+def _mailbox() -> Any:
+    """Beside the driver: on another node it would be lost with that node, and the run with it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote  # whose stubs know functions only
+    return remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+
+
+def _trainer(run: TrainRunConfig, mailbox: Any, ray_state: str) -> TorchTrainer:
+    gpus = {"GPU": run.gpus_per_worker} if run.device == "cuda" else {}
+    return TorchTrainer(
+        _ray_worker,
+        train_loop_config={"mailbox": mailbox},
+        scaling_config=ScalingConfig(
+            num_workers=run.num_workers,
+            use_gpu=run.device == "cuda",
+            resources_per_worker={"CPU": run.cpus_per_worker or 1} | gpus,
+        ),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=ray_state,
+            failure_config=FailureConfig(max_failures=run.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Ray's stubs are those of V1
+        ),
+    )
+
+
+def _reason(error: Exception | None) -> str:
+    if error is None:
+        return "the workers ended without a result"
+    causes = [str(error)]
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+        causes.append(str(error))
+    return causes[-1].strip().splitlines()[-1] if causes[-1].strip() else causes[0]
+
+
+def _ray_worker(config: dict[str, Any]) -> None:
+    """What runs on every worker: one order after another, until there will be none."""
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # else every worker says where its credentials came from
+    mailbox, done, more = config["mailbox"], 0, True
+    while more:
+        order, more = ray.get(mailbox.order_after.remote(done))
+        if order is not None:
+            _carry_out(order, mailbox)
+            done, more = order.number, True
+            gc.collect()  # networks, optimisers and images of this job
+            torch.cuda.empty_cache()
+        elif more:
+            time.sleep(POLL_INTERVAL_S)
+
+
+def _carry_out(order: Order, mailbox: Any) -> None:
+    """`run_worker` between Ray's process group and the mailbox."""
+    is_first = ray.train.get_context().get_world_rank() == 0
+
+    def send(kind: str, values: Mapping[str, Any]) -> None:
+        if is_first:
+            mailbox.put.remote((kind, values))
+
+    def goes_on(values: Mapping[str, Any]) -> bool:
+        send("ask", values)
+        while (answer := ray.get(mailbox.answer_to.remote(values["step"]))) is None:
+            time.sleep(POLL_INTERVAL_S)
+        return bool(answer)
+
+    given_up: str | None = ray.get(mailbox.fatal.remote())
+    if given_up is not None:  # Ray Train starts every failed worker again; this error would only come back
+        return send("end", {"error": given_up})
+    try:
+        position, measures = run_worker(
+            order.payload["job"],
+            device=ray.train.torch.get_device(),
+            send=send,
+            goes_on=goes_on if order.payload["asks"] else None,
+        )
+    except (
+        NonFiniteLossError,
+        CollapseError,
+        CheckpointWriteError,
+        DataError,
+        CheckpointError,
+        MetricError,
+        StorageError,
+    ) as error:
+        # Storage that refuses or is away may be back at the next start; a file that is not there will not.
+        if not isinstance(error, StorageError) or error.errno == errno.ENOENT:
+            ray.get(mailbox.set_fatal.remote(str(error)))
+        # Raised on every worker: all end here, in step.
+        if isinstance(error, (NonFiniteLossError, CollapseError, CheckpointWriteError)):
+            return send("end", {"error": str(error)})
+        # On this worker only: its failure makes Ray end the others, which wait for it.
+        raise
+    return send("end", {"position": position.to_meta(), "measures": measures})
