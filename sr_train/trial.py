@@ -67,10 +67,13 @@ def run_trial(
     if donor is not None:
         record = _taken_over(donor, record, canonical(sample), store)
     else:
-        for count in range(1, len(record.history) + 1):
-            goes_on = report(replace(record, history=record.history[:count], status="running"))
-            if not goes_on and not record.is_over:
-                return _over(replace(record, status="stopped"), store, _handle(task, record))
+        told = (
+            replace(record, history=record.history[:count], status="running")
+            for count in range(1, len(record.history) + 1)
+        )
+        goes_on = all(map(report, told))  # no more after a no: nobody listens
+        if not goes_on and not record.is_over:
+            return _over(replace(record, status="stopped"), store, _handle(task, record))
         if record.is_over:
             return record
         sample = record.sample  # a member of a population has another one than it began with
