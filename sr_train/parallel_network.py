@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 
 from sr_train.collective import Collective
@@ -98,11 +97,14 @@ class CompileFallback:
         self._may_fail = mode.compile == "try"
 
     def __call__(self, *arguments: object) -> None:
+        if not self._may_fail:
+            self._work(*arguments)
+            return
+        from torch._dynamo.exc import TorchDynamoException  # here: it imports for 5 s what only compiling needs
+
         try:
             self._work(*arguments)
         except TorchDynamoException as error:
-            if not self._may_fail:
-                raise
             reason = str(error).strip().splitlines()[0]
             logging.getLogger(__name__).warning("torch.compile failed, going on without it: %s", reason)
             for network in self._networks:

@@ -63,11 +63,12 @@ def run_sweep(task: TrialTask, *, on_record: Callable[[TrialRecord], None]) -> N
     """
     sweep = task.sweep
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the records are the log
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the sweep has its own progress
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that fails early has no PSNR
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    listener = _Listener()
+    listener = _Listener(sweep.trial_patches)
     with TemporaryDirectory(prefix="sr-ray-tune-", ignore_cleanup_errors=True) as state:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_TrialActor, task=task), _ACTOR_RESOURCES),
@@ -118,7 +119,8 @@ def _fit_in_thread(tuner: tune.Tuner, listener: "_Listener", on_record: Callable
 class _Listener(tune.Callback):
     """Takes what Tune hears of its trials to the driver's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, trial_patches: int) -> None:
+        self._trial_patches = trial_patches
         self.records: queue.Queue[TrialRecord] = queue.Queue()
         self._last: dict[str, TrialRecord] = {}
 
@@ -138,7 +140,8 @@ class _Listener(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         record = self._last.get(trial.trial_id)
         if record is not None and not record.is_over:  # Tune stopped it, so its actor has nothing more to tell
-            self._tell(trial, replace(record, status="stopped"))
+            is_whole = record.patches_seen >= self._trial_patches
+            self._tell(trial, replace(record, status="finished" if is_whole else "stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         record = self._last.get(trial.trial_id)

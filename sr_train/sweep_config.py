@@ -2,16 +2,12 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Literal, TypeVar
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import Any, Generic, Literal
 
 from sr_train.config import ConfigT, config_from_dict, config_to_dict
 from sr_train.options import ConfigError, require, require_positive
 from sr_train.pareto import CostName, Limits
 from sr_train.training_space import ModelSpaceT, TrainingSpace, space_from_dict, space_to_dict
-
-OptionsT = TypeVar("OptionsT")
 
 TRIAL_SHARE = 4
 """A trial sees a quarter of the full budget unless told otherwise."""
@@ -99,16 +95,8 @@ def sweep_from_json(
         return SweepConfig(
             base=config_from_dict(config_type, values["base"]),
             space=space_from_dict(space_type, values["space"]),
-            search=_options(SearchConfig, values["search"]),
-            limits=_options(Limits, values["limits"]),
+            search=SearchConfig(**values["search"]),
+            limits=Limits(**values["limits"]),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ConfigError(f"not a sweep's options: {error!r}") from error
-
-
-def _options(options_type: type[OptionsT], values: dict[str, Any]) -> OptionsT:
-    adapter: TypeAdapter[OptionsT] = TypeAdapter(options_type, config=ConfigDict(extra="forbid"))
-    try:
-        return adapter.validate_python(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(f"{item['loc']}: {item['msg']}" for item in error.errors())) from error
