@@ -39,7 +39,7 @@ from sr_train.options import DataConfig
 SCALE = 4
 SIZES = {"tiny": (6, 96, 128), "small": (32, 340, 512), "full": (48, 1356, 2040)}
 """How many images of which height and width."""
-_BLOCK_IMAGES = 16  # one task's work, as in sr_train/ray_run.py
+_BLOCK_IMAGES = 16  # one task's work, as in sr_train/ray_cluster.py
 
 
 class Measurement:

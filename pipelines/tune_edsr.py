@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
     from sr_train.cli import exit_with
     from sr_train.config import TrainConfig
     from sr_train.driver import Interrupted
-    from sr_train.presets import EDSR_PRESETS
+    from sr_train.presets import EDSR_PRESETS, edsr_space
     from sr_train.sweep import SWEEP_ERRORS, run_tuning
     from sr_train.sweep_cli import parse_sweep
     from sr_train.training_space import EDSRSpace, TrainingSpace
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
             arguments,
             config_type=TrainConfig[EDSRConfig],
             space_type=TrainingSpace[EDSRSpace],
-            space=TrainingSpace(model=EDSRSpace()),
+            space_of=edsr_space,
             presets=EDSR_PRESETS,
             default_preset="edsr-small-x2",
             prog="tune_edsr.py",

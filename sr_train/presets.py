@@ -3,6 +3,8 @@
 from sr_models.edsr import EDSRConfig
 from sr_train.config import TrainConfig
 from sr_train.options import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig, ValidationConfig
+from sr_train.search_space import Ints
+from sr_train.training_space import EDSRSpace, TrainingSpace, space_around
 
 _PAPER_BATCH = 16
 _PAPER_LR_PATCH_PX = 48
@@ -52,3 +54,13 @@ EDSR_PRESETS: dict[str, TrainConfig[EDSRConfig]] = {
     "edsr-x3": _edsr_paper(EDSRConfig(scale=3, num_blocks=32, num_channels=256, residual_scaling=0.1)),
     "edsr-x4": _edsr_paper(EDSRConfig(scale=4, num_blocks=32, num_channels=256, residual_scaling=0.1)),
 }
+
+
+def edsr_space(base: TrainConfig[EDSRConfig]) -> TrainingSpace[EDSRSpace]:
+    """What a sweep varies where nobody says: half, all and twice the base's blocks, half and all of its channels."""
+    blocks, channels = base.model.num_blocks, base.model.num_channels
+    model = EDSRSpace(
+        num_blocks=Ints(values=tuple(dict.fromkeys((max(1, blocks // 2), blocks, 2 * blocks)))),
+        num_channels=Ints(values=tuple(dict.fromkeys((max(1, channels // 2), channels)))),
+    )
+    return space_around(base, model)

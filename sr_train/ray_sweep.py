@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import schedulers
 from ray.tune.experiment import Trial as TuneTrial
@@ -33,8 +34,6 @@ from sr_train.worker import StreamPairs
 
 _PATCHES, _RECORD, _CHECKPOINT_FILE = "patches_seen", "record", "record.json"
 _BLOCK_IMAGES = 16
-_ACTOR_RESOURCES = {"memory": 1.0}
-"""A byte: Tune wants something to reserve, and a share of a CPU would be missing where workers take whole ones."""
 _STOP_TIMEOUT_S = 120.0
 
 
@@ -66,12 +65,11 @@ def run_sweep(task: TrialTask, *, on_record: Callable[[TrialRecord], None]) -> N
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the sweep has its own progress
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that fails early has no PSNR
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    for name in ("ray.tune", "ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _be_quiet()
     listener = _Listener(sweep.trial_patches)
     with TemporaryDirectory(prefix="sr-ray-tune-", ignore_cleanup_errors=True) as state:
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_TrialActor, task=task), _ACTOR_RESOURCES),
+            tune.with_resources(tune.with_parameters(_TrialActor, task=task), _actor_resources(sweep)),
             param_space={} if sweep.samples is None else {"trial": tune.grid_search(_members(sweep))},
             tune_config=tune.TuneConfig(
                 search_alg=TpeSearch(sweep) if sweep.samples is None else None,
@@ -159,7 +157,7 @@ class _TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any], task: TrialTask) -> None:  # type: ignore[override]  # tune.with_parameters
         set_defaults()
-        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        _be_quiet()
         self._task = task
         self._workers = Workers(task.sweep.base.config.run)
         self._begin()
@@ -170,6 +168,7 @@ class _TrialActor(tune.Trainable):
         self._answers: queue.Queue[bool] = queue.Queue()
         self._record: TrialRecord | None = None
         self._donor: TrialRecord | None = None
+        self._is_stopped = False
 
     def step(self) -> dict[str, Any]:
         """Trains to the next validation, or to the end."""
@@ -205,8 +204,10 @@ class _TrialActor(tune.Trainable):
             self._told.put((record, True))
 
     def _report(self, record: TrialRecord) -> bool:
-        self._told.put((record, False))
-        return self._answers.get()
+        if not self._is_stopped:  # else nobody listens any more
+            self._told.put((record, False))
+            self._is_stopped = not self._answers.get()
+        return not self._is_stopped
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in this actor, or (PBT) this one with what it shall go on with."""
@@ -245,6 +246,22 @@ def _members(sweep: SweepPlan) -> list[dict[str, Any]]:
     return [as_config(sample)["trial"] for sample in samples]
 
 
+def _be_quiet() -> None:
+    """The sweep tells what there is to tell."""
+    for name in ("ray.tune", "ray.train", "ray.air"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _actor_resources(sweep: SweepPlan) -> dict[str, float]:
+    """A byte: Tune wants something to reserve, and a share of a CPU would be missing where workers take whole ones.
+    The members of a population stay on the driver's node: what they give one another lies on its disk.
+    """
+    if sweep.config.search.scheduler != "pbt":
+        return {"memory": 1.0}
+    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return {"memory": 1.0, f"node:{node}": 1e-4}
+
+
 def _scheduler(sweep: SweepPlan) -> schedulers.TrialScheduler:
     search = sweep.config.search
     if search.scheduler == "asha":
@@ -261,12 +278,21 @@ def _scheduler(sweep: SweepPlan) -> schedulers.TrialScheduler:
         domain = sweep.config.space.schedule.learning_rate
         values = choices(domain)
         rates = list(values) if values is not None else tune.loguniform(*map(float, domain.values))
+        lowest, highest = min(map(float, domain.values)), max(map(float, domain.values))
+
+        def within(config: dict[str, Any]) -> dict[str, Any]:
+            """After Tune has multiplied a rate by 0.8 or 1.2."""
+            sample = config["trial"]["sample"]
+            sample[LEARNING_RATE] = min(max(sample[LEARNING_RATE], lowest), highest)
+            return config
+
         return schedulers.PopulationBasedTraining(
             time_attr=_PATCHES,
             metric=PSNR,
             mode="max",
             perturbation_interval=sweep.grace_patches,
             hyperparam_mutations={"trial": {"sample": {LEARNING_RATE: rates}}},
+            custom_explore_fn=within,
             log_config=False,
         )
     return schedulers.FIFOScheduler()  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ from sr_train.ray_cluster import cluster_facts, connect
 from sr_train.ray_sweep import decode_shared, run_sweep
 from sr_train.ray_workers import FitResult
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import TRACKING_KEY, checkpoint_store
+from sr_train.run_folder import DATASETS_KEY, TRACKING_KEY, checkpoint_store
 from sr_train.sweep_config import SweepConfig, sweep_to_json
 from sr_train.sweep_plan import SWEEP_KEY, SweepPlan, known_trials, make_sweep_plan, trial_plan
 from sr_train.sweep_progress import SweepProgress
@@ -87,6 +87,8 @@ class _Sweep:
     def run(self) -> RunHandle | None:
         """The sweep's MLflow run, or None without a server."""
         plan = self._plan
+        fingerprints = {"train": plan.base.train.fingerprint, "validation": plan.base.validation.fingerprint}
+        self._store.write(DATASETS_KEY, json.dumps(fingerprints).encode())
         self._store.write(SWEEP_KEY, sweep_to_json(plan.config).encode())
         parent = self._start_tracking()
         status: Status = "FAILED"

@@ -1,6 +1,6 @@
 """Command line → sweep: a preset, or the saved options of a sweep to go on with, plus overrides as typed flags."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Generic, get_args
 
@@ -57,7 +57,7 @@ def parse_sweep(
     *,
     config_type: type[ConfigT],
     space_type: type[TrainingSpace[ModelSpaceT]],
-    space: TrainingSpace[ModelSpaceT],
+    space_of: Callable[[ConfigT], TrainingSpace[ModelSpaceT]],
     presets: Mapping[str, ConfigT],
     default_preset: str,
     prog: str,
@@ -65,7 +65,7 @@ def parse_sweep(
 ) -> SweepCommand:
     """Exits with status 2 and the flag's name on an unknown flag or a wrong value (ConfigError for contradictory ones).
 
-    `space` is the default one. With --resume, the saved options of --run.name are what the other flags override.
+    `space_of` gives the default space around a preset. With --resume, the saved options of --run.name are what the other flags override.
     """
     (model_type,) = get_args(space_type)
     aliases = {f"--space.{_flag(item.name)}": f"--space.model.{_flag(item.name)}" for item in fields(model_type)}
@@ -73,7 +73,8 @@ def parse_sweep(
     preset = given(arguments, "--preset")
     if preset is not None and preset not in presets:
         raise ConfigError(f"--preset {preset!r} is unknown; there are: {', '.join(presets)}")
-    default = SweepConfig(base=presets[preset or default_preset], space=space, search=SearchConfig(), limits=Limits())
+    base = presets[preset or default_preset]
+    default = SweepConfig(base=base, space=space_of(base), search=SearchConfig(), limits=Limits())
     saved = _saved(arguments, default, config_type, space_type) if "--resume" in arguments else None
     start = saved if saved is not None and preset is None else default
     with _registry():

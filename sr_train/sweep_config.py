@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal
 
+from pydantic import TypeAdapter
+
 from sr_train.config import ConfigT, config_from_dict, config_to_dict
 from sr_train.options import ConfigError, require, require_positive
 from sr_train.pareto import CostName, Limits
@@ -95,8 +97,8 @@ def sweep_from_json(
         return SweepConfig(
             base=config_from_dict(config_type, values["base"]),
             space=space_from_dict(space_type, values["space"]),
-            search=SearchConfig(**values["search"]),
-            limits=Limits(**values["limits"]),
+            search=TypeAdapter(SearchConfig).validate_python(values["search"]),
+            limits=TypeAdapter(Limits).validate_python(values["limits"]),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ConfigError(f"not a sweep's options: {error!r}") from error

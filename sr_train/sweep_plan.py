@@ -1,6 +1,7 @@
 """A sweep's options → its trials, where they run and what stands against them; nothing of it is trained yet."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from sr_train.pareto import over_limit
 from sr_train.placement import ClusterFacts, num_fitting
 from sr_train.plan import Plan, make_plan
 from sr_train.pool_size import choose_window
+from sr_train.run_folder import DATASETS_KEY
 from sr_train.search_space import draw_samples, grid, members
 from sr_train.sweep_config import TRIAL_SHARE, SearchConfig, SweepConfig
 from sr_train.training_space import canonical, check_space, configure, domains_of
@@ -182,12 +184,25 @@ def _placement(run: RunConfig) -> dict[str, Any]:
 
 
 def _require_no_other(base: Plan, *, resume: bool) -> None:
-    exists = open_store(base.run_uri).exists(SWEEP_KEY)
-    if exists and not resume:
+    """ConfigError if there is such a sweep already and it is not to be gone on with, or had other images."""
+    store = open_store(base.run_uri)
+    if not store.exists(SWEEP_KEY):
+        return
+    if not resume:
         raise ConfigError(
             f"sweep {base.config.run.name!r} exists at {base.run_uri}: go on with it by --resume, or choose another "
             "--run.name"
         )
+    before = json.loads(store.read_text(DATASETS_KEY)) if store.exists(DATASETS_KEY) else {}
+    for flag, manifest, name in (
+        ("--data.uri", base.train, "train"),
+        ("--validation.uri", base.validation, "validation"),
+    ):
+        if before.get(name, manifest.fingerprint) != manifest.fingerprint:
+            raise ConfigError(
+                f"{manifest.uri} ({flag}) holds other images (fingerprint {manifest.fingerprint}) than sweep "
+                f"{base.config.run.name!r} began with ({before[name]}): scores could not be compared"
+            )
 
 
 def _samples(config: SweepConfig[Any, Any]) -> tuple[tuple[Sample, ...] | None, int]:

@@ -69,6 +69,21 @@ class EDSRSpace:
     """Feature channels, at least 1."""
 
 
+def space_around(base: TrainConfig[Any], model: ModelSpaceT) -> TrainingSpace[ModelSpaceT]:
+    """What to vary where nobody says: the schedule, with learning rates from a quarter to four times the base's; batch
+    and patch are the base's.
+    """
+    rate = base.schedule.learning_rate
+    return TrainingSpace(
+        model=model,
+        schedule=ScheduleSpace(
+            learning_rate=Floats(values=(float(f"{rate / 4:.6g}"), float(f"{rate * 4:.6g}")), spread="log")
+        ),
+        global_batch_size=Ints(values=(base.optim.global_batch_size,)),
+        patch_px_hr=Ints(values=(base.data.patch_px_hr,)),
+    )
+
+
 def domains_of(space: TrainingSpace[Any]) -> dict[str, Domain]:
     """The options and their domains: the model's in the order of its fields, then the schedule's, batch and patch."""
     model = {item.name: getattr(space.model, item.name) for item in fields(space.model)}
