@@ -1,5 +1,6 @@
 """Optuna's TPE under Ray Tune, never the same trial twice."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
@@ -11,7 +12,7 @@ from sr_train.pareto import over_limit
 from sr_train.search_space import Domain, Ints, choices
 from sr_train.sweep_plan import SweepPlan, cost_of
 from sr_train.training_space import canonical, domains_of, trial_name
-from sr_train.trial_record import Sample
+from sr_train.trial_record import Sample, Value
 
 PSNR = "psnr_db"
 _MOST_REPEATS = 100
@@ -45,8 +46,9 @@ class TpeSearch(Searcher):
         super().__init__(metric=PSNR, mode="max")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._sweep = sweep
+        domains = domains_of(sweep.config.space)
         self._inner = OptunaSearch(
-            space={name: _distribution(domain) for name, domain in domains_of(sweep.config.space).items()},
+            space={name: _distribution(domain) for name, domain in domains.items()},
             metric=PSNR,
             mode="max",
             sampler=optuna.samplers.TPESampler(
@@ -54,7 +56,7 @@ class TpeSearch(Searcher):
                 n_startup_trials=max(5, sweep.num_trials // 4),
                 constant_liar=True,  # of trials that run beside each other
             ),
-            points_to_evaluate=[dict(record.sample) for record in sweep.known] or None,
+            points_to_evaluate=[_whole(record.sample, domains) for record in sweep.known] or None,
         )
         self._scores: dict[str, float | None] = {}
         self._proposals: dict[str, tuple[str, str]] = {}
@@ -93,6 +95,11 @@ class TpeSearch(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError
+
+
+def _whole(sample: Sample, domains: Mapping[str, Domain]) -> dict[str, Value]:
+    """The sample with a value for each option, also those without influence: Tune takes no points that lack some."""
+    return {name: sample.get(name, domain.values[0]) for name, domain in domains.items()}
 
 
 def _distribution(domain: Domain) -> BaseDistribution:
