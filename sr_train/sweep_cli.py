@@ -65,7 +65,8 @@ def parse_sweep(
 ) -> SweepCommand:
     """Exits with status 2 and the flag's name on an unknown flag or a wrong value (ConfigError for contradictory ones).
 
-    `space_of` gives the default space around a preset. With --resume, the saved options of --run.name are what the other flags override.
+    `space_of` gives the default space around a preset. With --resume, the saved options of --run.name are what the
+    other flags override.
     """
     (model_type,) = get_args(space_type)
     aliases = {f"--space.{_flag(item.name)}": f"--space.model.{_flag(item.name)}" for item in fields(model_type)}
@@ -160,7 +161,7 @@ def _saved(
 def _require_same(saved: SweepConfig[Any, Any], asked: SweepConfig[Any, Any]) -> None:
     before, after = flatten(sweep_to_dict(saved)), flatten(sweep_to_dict(asked))
     changed = [
-        f"{name.removeprefix('base.').removeprefix('search.')} {after[name]} (was {before.get(name)})"
+        f"--{_flag(name.removeprefix('base.').removeprefix('search.'))} {after[name]} (was {before.get(name)})"
         for name in after
         if before.get(name) != after[name] and not name.startswith(_MAY_CHANGE_ON_RESUME)
     ]
