@@ -84,9 +84,7 @@ def test_search_limits_and_the_run_itself_have_flags() -> None:
         (["--space.num-blocks", "8,8"], ["--space.model.num-blocks", "more than once"]),
         (["--space.schedule.learning-rate", "0..1:log"], ["--space.schedule.learning-rate", "above 0"]),
         (["--space.schedule.kind", "a..b"], ["--space.schedule.kind", "only numbers have ranges"]),
-        (["--num-trials", "0"], ["--num-trials", "greater than 0"]),
         (["--search", "all"], ["--search", "random", "grid", "tpe"]),
-        (["--scheduler", "pbt", "--search", "tpe"], ["--scheduler pbt", "--search tpe"]),
         (["--limits.max-gflops", "-1"], ["--limits.max-gflops", "greater than 0"]),
         (["--space.blocks", "8"], ["--space.blocks"]),
     ],
@@ -107,6 +105,8 @@ def test_bad_texts_end_with_status_2_and_the_flag(
         (["--preset", "edsr-x8"], "--preset 'edsr-x8' is unknown; there are: .*edsr-baseline-x4"),
         (["--preset", "edsr-x4"], "preset edsr-x4 trains on a dataset of yours.*--data.uri"),
         (["--resume"], "--resume needs --run.name"),
+        (["--num-trials", "0"], "--num-trials=0 must be greater than 0"),
+        (["--scheduler", "pbt", "--search", "tpe"], "--scheduler pbt .*--search tpe"),
     ],
 )
 def test_contradictions_name_the_flags(arguments: list[str], message: str) -> None:
