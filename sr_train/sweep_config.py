@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from sr_train.config import ConfigT, config_from_dict, config_to_dict
 from sr_train.options import ConfigError, require, require_positive
 from sr_train.pareto import CostName, Limits
 from sr_train.training_space import ModelSpaceT, TrainingSpace, space_from_dict, space_to_dict
+
+OptionsT = TypeVar("OptionsT")
 
 TRIAL_SHARE = 4
 """A trial sees a quarter of the full budget unless told otherwise."""
@@ -97,8 +99,18 @@ def sweep_from_json(
         return SweepConfig(
             base=config_from_dict(config_type, values["base"]),
             space=space_from_dict(space_type, values["space"]),
-            search=TypeAdapter(SearchConfig).validate_python(values["search"]),
-            limits=TypeAdapter(Limits).validate_python(values["limits"]),
+            search=_options(SearchConfig, values["search"]),
+            limits=_options(Limits, values["limits"]),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ConfigError(f"not a sweep's options: {error!r}") from error
+
+
+def _options(options_type: type[OptionsT], values: dict[str, Any]) -> OptionsT:
+    try:
+        # Typed values for the right options; the constructor alone would take any, the adapter alone others too.
+        options_type(**values)
+        return TypeAdapter(options_type).validate_python(values)
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError("; ".join(lines)) from error
