@@ -71,6 +71,7 @@ def changed(section: str, **options: Any) -> str:
         ("{}", "not a sweep's options.*base"),
         (changed("search", num_trails=3), "num_trails"),
         (changed("search", num_trials=0), "--num-trials=0"),
+        (changed("search", scheduler="asap"), "scheduler.*'asha'"),
         (changed("limits", max_watts=3), "max_watts"),
         (changed("space", num_blocks="many"), "--space.num-blocks='many'"),
         (changed("base", colour="red"), "colour"),
