@@ -284,8 +284,8 @@ class RunConfig:
         require_positive(run__gpus_per_worker=self.gpus_per_worker)
         require(
             self.gpus_per_worker == 1 or (self.gpus_per_worker < 1 and self.num_workers == 1),
-            f"--run.gpus-per-worker={self.gpus_per_worker} must be 1, or less for a single worker: NCCL wants a GPU for "
-            "each worker of a run, and a worker uses one",
+            f"--run.gpus-per-worker={self.gpus_per_worker} must be 1, or less for a single worker: NCCL wants a GPU "
+            "for each worker of a run, and a worker uses one",
         )
         require(self.max_failures >= 0, f"--run.max-failures={self.max_failures} must be 0 or more")
         if self.name is not None:

@@ -92,6 +92,7 @@ def _model_name(plan: Plan) -> str:
 
 
 def dataset_line(manifest: Manifest) -> str:
+    """What a dataset holds, and what was decided about it."""
     pixels = sum(record.width * record.height for record in manifest.images) / 1e6
     decisions = "".join(f"; {name}: {count}" for name, count in manifest.decisions.items())
     images = f"{_count(len(manifest.images), 'image')}, {pixels:.3g} Mpx"

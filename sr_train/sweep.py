@@ -26,11 +26,12 @@ from sr_train.ray_cluster import cluster_facts, connect
 from sr_train.ray_sweep import decode_shared, run_sweep
 from sr_train.ray_workers import FitResult
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import DATASETS_KEY, TRACKING_KEY, checkpoint_store
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store
 from sr_train.sweep_config import SweepConfig, sweep_to_json
 from sr_train.sweep_plan import SWEEP_KEY, SweepPlan, known_trials, make_sweep_plan, trial_plan
 from sr_train.sweep_progress import SweepProgress
 from sr_train.sweep_report import SweepTimes, describe_sweep, outcome_files, outcome_metrics, outcome_report
+from sr_train.sweep_table import value_text
 from sr_train.tracking import RunHandle, Status, finish_run, record_outcome, start_run
 from sr_train.tracking_server import TrackingError
 from sr_train.training_space import configure
@@ -158,7 +159,8 @@ class _Sweep:
             reasons = sorted({record.reason for record in records if record.reason})
             raise SweepFailedError("no trial has a model to register: " + ("; ".join(reasons) or "none was validated"))
         conclusion = self._register(best, parent)
-        print(f"winner      {best.name}: {', '.join(f'{k} {v}' for k, v in best.sample.items())}", flush=True)
+        options = ", ".join(f"{name} {value_text(value)}" for name, value in best.sample.items())
+        print(f"winner      {best.name}: {options}", flush=True)
         print(conclusion.report, flush=True)
         if conclusion.not_registered is not None:
             raise TrackingError(
@@ -221,7 +223,7 @@ def _retrain(command: SweepCommand, plan: SweepPlan, parent: RunHandle | None) -
         TrainCommand(
             config=replace(config, run=run),
             plan_only=False,
-            resume=True,
+            resume=open_store(f"{run.storage}/{run.name}").exists(CONFIG_KEY),
             parent_run_id=parent.run_id if parent is not None else None,
         ),
         script_started_s=time.time(),

@@ -70,7 +70,7 @@ class TpeSearch(Searcher):
             proposed = self._inner.suggest(inner_id)
             if proposed is None:
                 return None
-            sample = canonical(proposed)
+            sample = canonical({option: _rounded(value) for option, value in proposed.items()})
             name = trial_name(sample)
             if name in self._scores:
                 self._answer(inner_id, self._scores[name])
@@ -100,6 +100,11 @@ class TpeSearch(Searcher):
 def _whole(sample: Sample, domains: Mapping[str, Domain]) -> dict[str, Value]:
     """The sample with a value for each option, also those without influence: Tune takes no points that lack some."""
     return {name: sample.get(name, domain.values[0]) for name, domain in domains.items()}
+
+
+def _rounded(value: Value) -> Value:
+    """As random search does: a trial's name depends on all digits."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _distribution(domain: Domain) -> BaseDistribution:

@@ -21,8 +21,8 @@ REPO = Path(__file__).resolve().parent.parent
 FOREIGN_SETTINGS = ("AWS_", "MLFLOW_", "RAY_", "S3_ENDPOINT")
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Tests start clusters in this process and end them. A request that is on its way to one as it ends is tried again by
-    # a thread of Ray's; where nobody has answered for a minute it ends the process, with status 1 and without a word.
+    # Tests start clusters in this process and end them. A request that is on its way to one as it ends is tried again
+    # by a thread of Ray's; where nobody has answered for a minute it ends the process, with status 1 and no word.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
     "RAY_AUTH_MODE": "disabled",  # right for loopback only: the clusters of the tests live there
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

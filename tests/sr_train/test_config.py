@@ -53,6 +53,9 @@ def test_contradictions_name_the_flags_and_what_is_allowed(arguments: list[str],
         (["--schedule.kind", "step", "--schedule.final-fraction", "0.1"], ["--schedule.final-fraction", "cosine"]),
         (["--schedule.kind", "constant", "--schedule.final-fraction", "0.1"], ["--schedule.final-fraction", "cosine"]),
         (["--validation.early-stop-min-gain-db", "-0.1"], ["--validation.early-stop-min-gain-db", "0 or more"]),
+        (["--run.gpus-per-worker", "0"], ["--run.gpus-per-worker", "greater than 0"]),
+        (["--run.gpus-per-worker", "2"], ["--run.gpus-per-worker=2.0", "must be 1, or less"]),
+        (["--run.gpus-per-worker", "0.5", "--run.num-workers", "2"], ["--run.gpus-per-worker=0.5", "single worker"]),
         (["--run.cost-per-hour", "-1"], ["--run.cost-per-hour", "0 or more"]),
         *[
             (["--tracking.register-as", name], ["--tracking.register-as", "letters, digits"])
@@ -75,6 +78,12 @@ def test_unknown_or_wrong_flags_end_with_status_2(
 def test_what_mlflow_takes_is_taken() -> None:
     config = parse("--tracking.register-as", "My edsr_x4-v12", "--tracking.experiment", "team / x4: 1.2").config
     assert (config.tracking.register_as, config.tracking.experiment) == ("My edsr_x4-v12", "team / x4: 1.2")
+
+
+@pytest.mark.parametrize(("share", "num_workers"), [("0.25", "1"), ("1", "2")])
+def test_a_part_of_a_gpu_is_for_a_single_worker(share: str, num_workers: str) -> None:
+    run = parse("--run.gpus-per-worker", share, "--run.num-workers", num_workers).config.run
+    assert run.gpus_per_worker == float(share)
 
 
 @pytest.mark.parametrize("preset", EDSR_PRESETS)

@@ -17,7 +17,7 @@ from sr_models.edsr import EDSRConfig
 from sr_train import checkpoint as ckpt
 from sr_train.collective import Collective
 from sr_train.learner import NonFiniteLossError, PixelLearner
-from sr_train.loop import CheckpointWriteError, LoopPlan, Position, train
+from sr_train.loop import CheckpointWriteError, GoesOn, LoopPlan, Position, train
 from sr_train.options import OptimConfig, ScheduleConfig
 from sr_train.schedule import learning_rate_at
 from sr_train.step_mode import REFERENCE
@@ -115,6 +115,8 @@ def run(
     position: Position | None = None,
     validate: Scores | None = None,
     source: object = None,
+    goes_on: GoesOn | None = None,
+    collective: Collective | None = None,
 ) -> tuple[Position, PixelLearner, Recorder]:
     learner, recorder = learner or new_learner(plan.optim), Recorder()
     meta = {"architecture": architecture_name(TINY), "model_config": config_to_dict(TINY)}
@@ -132,8 +134,9 @@ def run(
         meta=meta,
         position=position or Position(),
         observer=recorder,
-        collective=Collective(),
+        collective=collective or Collective(),
         watchdog=watchdog,
+        goes_on=goes_on,
     )
     return ended, learner, recorder
 

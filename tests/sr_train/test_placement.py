@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sr_train.options import ConfigError, RunConfig
-from sr_train.placement import ClusterFacts, place, placement_warnings
+from sr_train.placement import ClusterFacts, num_fitting, place, placement_warnings
 
 
 def cluster(*cpus: float, gpus: tuple[float, ...] = ()) -> ClusterFacts:
@@ -39,6 +39,35 @@ def test_what_is_open_is_filled_in(facts: ClusterFacts, num_workers: int, expect
     assert (run.device, run.cpus_per_worker, run.threads_per_worker) == expected
 
 
+@pytest.mark.parametrize(
+    ("facts", "share", "expected"),
+    [
+        # Parts of a GPU on one node, not parts that lie on two.
+        (cluster(8, gpus=(1,)), 0.25, ("cuda", 1.0, 8)),
+        (cluster(8, gpus=(0.5,)), 0.5, ("cuda", 1.0, 8)),
+        (cluster(8, gpus=(0.25,)), 0.5, ("cpu", 1.0, 8)),
+        (cluster(4, 16, gpus=(0, 0.3)), 0.3, ("cuda", 1.0, 16)),
+    ],
+)
+def test_a_worker_may_take_a_part_of_a_gpu(facts: ClusterFacts, share: float, expected: tuple[str, float, int]) -> None:
+    run = place(RunConfig(gpus_per_worker=share), facts)
+    assert (run.device, run.cpus_per_worker, run.threads_per_worker) == expected
+
+
+@pytest.mark.parametrize(
+    ("facts", "share", "num_fits"),
+    [
+        (cluster(8, gpus=(1,)), 0.25, [4]),
+        (cluster(2, gpus=(1,)), 0.25, [2]),
+        (cluster(16, gpus=(3,)), 0.3, [10]),  # 3 / 0.3 is 10.000000000000002 or 9.999…
+        (cluster(8, 8, gpus=(0.5, 2)), 1, [0, 2]),
+        (cluster(8, 8, gpus=(0.5, 2)), None, [8, 8]),
+    ],
+)
+def test_as_many_workers_as_a_nodes_gpus_hold(facts: ClusterFacts, share: float | None, num_fits: list[int]) -> None:
+    assert list(num_fitting(facts, 1.0, share)) == num_fits
+
+
 def test_what_is_given_is_kept() -> None:
     given = RunConfig(num_workers=2, device="cpu", cpus_per_worker=3, threads_per_worker=5)
     assert place(given, cluster(8, gpus=(2,))) == given
@@ -49,6 +78,13 @@ def test_what_is_given_is_kept() -> None:
     [
         (cluster(8), RunConfig(device="cuda"), r"1 worker needs a GPU.* has 0.*--run.device cpu"),
         (cluster(8, gpus=(2,)), RunConfig(device="cuda", num_workers=4), r"4 workers need a GPU.* has 2.*--run.num-"),
+        (cluster(8, gpus=(0.25,)), RunConfig(device="cuda", gpus_per_worker=0.5), r"worker needs 0.5 of a GPU.* has 0.25"),
+        # Half a GPU in all, and too little on every node.
+        (
+            cluster(8, 8, gpus=(0.25, 0.25)),
+            RunConfig(device="cuda", gpus_per_worker=0.5),
+            r"1 worker needs more.*--run.num-workers",
+        ),
         (cluster(2), RunConfig(num_workers=2, cpus_per_worker=1), r"2 workers need .* 1 CPUs each.*\(2 CPUs\)"),
         (cluster(0.5), RunConfig(), r"1 worker needs more.*\(0.5 CPUs\).*--run.cpus-per-worker"),
         (cluster(), RunConfig(), "1 worker needs more"),
