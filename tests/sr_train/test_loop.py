@@ -2,8 +2,11 @@
 
 import dataclasses
 import errno
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -24,6 +27,8 @@ from sr_train.step_mode import REFERENCE
 
 TINY = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
 BATCH = 4
+
+T = TypeVar("T")
 
 
 class RandomPatches:
@@ -348,3 +353,83 @@ def test_a_run_that_went_on_where_lpips_can_be_had_compares_from_there_on(tmp_pa
     plan = loop_plan(total_steps=8, interval_steps=2, best_by="lpips")
     ended, _, _ = run(plan, store, position=Position.from_meta(saved.meta), validate=Both())
     assert ended.best is not None and (ended.best["step"], ended.best["lpips"]) == (6, 0.3)
+
+
+class Asked:
+    """Says no to the question of `stop_at`, and remembers what was asked and which checkpoints were there."""
+
+    def __init__(self, store: Store, *, stop_at: int) -> None:
+        self._store, self._stop_at = store, stop_at
+        self.values: list[Mapping[str, Any]] = []
+        self.newest: list[int] = []
+
+    def __call__(self, values: Mapping[str, Any]) -> bool:
+        self.values.append(values)
+        self.newest.append(ckpt.read_checkpoint(self._store, ckpt.latest_key(self._store) or "").step)
+        return bool(values["step"] != self._stop_at)
+
+
+def test_it_asks_after_each_validation_once_the_checkpoint_is_there(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    plan = loop_plan(total_steps=6, validation_interval_patches=2 * BATCH, checkpoint_interval_patches=BATCH)
+    asked = Asked(store, stop_at=99)
+    ended, _, _ = run(plan, store, goes_on=asked, validate=Scores(20.0, 22.0, 21.0))
+    assert [(it["step"], it["psnr_db"]) for it in asked.values] == [(2, 20.0), (4, 22.0), (6, 21.0)]
+    assert asked.newest == [2, 4, 6]
+    assert ended.step == 6
+
+
+def test_a_run_that_a_no_stopped_goes_on_from_there_as_if_it_had_not(tmp_path: Path) -> None:
+    plan = loop_plan(total_steps=6, interval_steps=2)
+    _, straight, _ = run(plan, open_store(str(tmp_path / "straight")))
+    store = open_store(str(tmp_path / "stopped"))
+    stopped, _, recorder = run(plan, store, goes_on=Asked(store, stop_at=4))
+    assert stopped.step == 4 and [step for step, _ in recorder.validations] == [2, 4]
+    saved = ckpt.read_checkpoint(store, ckpt.latest_key(store) or "")
+    assert saved.step == 4
+    resumed = new_learner(plan.optim)
+    resumed.load_state(saved.tensors)
+    asked = Asked(store, stop_at=99)
+    ended, _, _ = run(plan, store, learner=resumed, position=Position.from_meta(saved.meta), goes_on=asked)
+    assert ended.step == 6 and asked.newest == [6]
+    for name, value in flat(straight).items():
+        assert torch.equal(value, flat(resumed)[name]), name
+
+
+class Together:
+    """What the workers of `Thread` share."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.values: list[Any] = [None] * num_workers
+        self.barrier = threading.Barrier(num_workers, timeout=60)
+
+
+@dataclasses.dataclass(frozen=True)
+class Thread(Collective):
+    """A worker that is a thread of this process."""
+
+    together: Together = dataclasses.field(kw_only=True)
+
+    def gather(self, value: T) -> list[T]:
+        self.together.values[self.rank] = value
+        self.together.barrier.wait()
+        values = list(self.together.values)
+        self.together.barrier.wait()
+        return values
+
+    def first(self, value: T) -> T:
+        return self.gather(value)[0]
+
+
+def test_only_rank_0_asks_and_a_no_ends_all_workers_at_that_step(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    plan, together = loop_plan(total_steps=8, interval_steps=2), Together(2)
+    asked = [Asked(store, stop_at=4), Asked(store, stop_at=99)]
+
+    def work(rank: int) -> Position:
+        return run(plan, store, goes_on=asked[rank], collective=Thread(rank, 2, together=together))[0]
+
+    with ThreadPoolExecutor(2) as workers:
+        ended = list(workers.map(work, range(2)))
+    assert [position.step for position in ended] == [4, 4]
+    assert [it["step"] for it in asked[0].values] == [2, 4] and asked[1].values == []

@@ -78,7 +78,11 @@ def test_what_is_given_is_kept() -> None:
     [
         (cluster(8), RunConfig(device="cuda"), r"1 worker needs a GPU.* has 0.*--run.device cpu"),
         (cluster(8, gpus=(2,)), RunConfig(device="cuda", num_workers=4), r"4 workers need a GPU.* has 2.*--run.num-"),
-        (cluster(8, gpus=(0.25,)), RunConfig(device="cuda", gpus_per_worker=0.5), r"worker needs 0.5 of a GPU.* has 0.25"),
+        (
+            cluster(8, gpus=(0.25,)),
+            RunConfig(device="cuda", gpus_per_worker=0.5),
+            r"worker needs 0.5 of a GPU.* has 0.25",
+        ),
         # Half a GPU in all, and too little on every node.
         (
             cluster(8, 8, gpus=(0.25, 0.25)),
