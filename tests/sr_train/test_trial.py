@@ -55,6 +55,12 @@ def seen(records: Iterable[TrialRecord]) -> list[int]:
     return [record.patches_seen for record in records]
 
 
+def rate_of(sweep: SweepPlan, name: str) -> float:
+    """The learning rate that a trial was last trained with."""
+    config = json.loads(trial_store(sweep, name).read_text(CONFIG_KEY))
+    return float(config["schedule"]["learning_rate"])
+
+
 def never(uri: str, records: Iterable[ImageRecord], scale: int) -> Iterator[DecodedPair]:
     raise AssertionError("nothing was to be trained")
 
@@ -215,14 +221,14 @@ def test_a_member_goes_on_from_its_donor_with_its_own_learning_rate(sweep: Sweep
     assert seen([record]) == [VALIDATIONS[1]]
     taken = tensors_of(sweep, STEPS[0], "member-2")
     assert all(torch.equal(value, taken[name]) for name, value in weights.items())
-    config = json.loads(trial_store(sweep, "member-2").read_text(CONFIG_KEY))
-    assert config["schedule"]["learning_rate"] == 2e-3
+    assert rate_of(sweep, "member-2") == 2e-3
 
     # From here on it is a trial like any other, with what it took over as its beginning.
     told = Told()
     ended = tried(sweep, slow, name="member-2", report=told)
     assert (ended.status, dict(ended.sample)) == ("finished", changed)
     assert seen(told.records) == VALIDATIONS and told.records[0].history == donor.history
+    assert rate_of(sweep, "member-2") == 2e-3, "not the one that it began with"
 
 
 def test_a_donors_weights_go_on_as_the_donors_own_would(sweep: SweepPlan) -> None:
