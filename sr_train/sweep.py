@@ -111,9 +111,12 @@ class _Sweep:
         plan = self._plan
         progress = SweepProgress(num_trials=plan.num_trials, trial_patches=plan.trial_patches)
 
+        over_before = {record.name for record in plan.known if record.is_over}
+
         def note(record: TrialRecord) -> None:
-            self._records[record.name] = record
-            progress.update(record)
+            if record.name not in over_before:  # those only tell Tune again what they told before
+                self._records[record.name] = record
+                progress.update(record)
 
         try:
             progress.known(plan.known)

@@ -134,7 +134,7 @@ def trial_plan(sweep: SweepPlan, sample: Sample, name: str) -> Plan:
     config = replace(
         config,
         validation=replace(config.validation, interval_patches=sweep.grace_patches),
-        checkpoint=replace(config.checkpoint, interval_patches=sweep.trial_patches),
+        checkpoint=replace(config.checkpoint, interval_patches=sweep.trial_patches, keep_last=_num_kept(sweep)),
         # A trial is over before a compiler has earned its time back.
         step=replace(config.step, compile="off" if config.step.compile == "auto" else config.step.compile),
         tracking=replace(config.tracking, sample_images=0),
@@ -143,6 +143,13 @@ def trial_plan(sweep: SweepPlan, sample: Sample, name: str) -> Plan:
     )
     config, samples = choose_window(config, sweep.base.train)
     return replace(sweep.base, config=config, samples=samples, goes_on_from=None, resume_name=name, warnings=())
+
+
+def _num_kept(sweep: SweepPlan) -> int:
+    """Checkpoints of a trial; all of a population's, as others may be about to go on from any."""
+    if sweep.config.search.scheduler == "pbt":
+        return -(-sweep.trial_patches // sweep.grace_patches) + 1
+    return sweep.base.config.checkpoint.keep_last
 
 
 def trials_uri(sweep_uri: str) -> str:

@@ -45,7 +45,7 @@ class TpeSearch(Searcher):
     def __init__(self, sweep: SweepPlan) -> None:
         super().__init__(metric=PSNR, mode="max")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._sweep = sweep
+        self._sweep, self._domains = sweep, domains_of(sweep.config.space)
         domains = domains_of(sweep.config.space)
         self._inner = OptunaSearch(
             space={name: _distribution(domain) for name, domain in domains.items()},
@@ -70,7 +70,7 @@ class TpeSearch(Searcher):
             proposed = self._inner.suggest(inner_id)
             if proposed is None:
                 return None
-            sample = canonical({option: _rounded(value) for option, value in proposed.items()})
+            sample = canonical({option: _rounded(value, self._domains[option]) for option, value in proposed.items()})
             name = trial_name(sample)
             if name in self._scores:
                 self._answer(inner_id, self._scores[name])
@@ -102,9 +102,9 @@ def _whole(sample: Sample, domains: Mapping[str, Domain]) -> dict[str, Value]:
     return {name: sample.get(name, domain.values[0]) for name, domain in domains.items()}
 
 
-def _rounded(value: Value) -> Value:
-    """As random search does: a trial's name depends on all digits."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _rounded(value: Value, domain: Domain) -> Value:
+    """As random search rounds what it draws from a range: a trial's name depends on all digits."""
+    return float(f"{value:.6g}") if isinstance(value, float) and choices(domain) is None else value
 
 
 def _distribution(domain: Domain) -> BaseDistribution:
