@@ -57,16 +57,22 @@ class Mailbox:
         """The order that follows that number, if there is one already; and whether there can still come one."""
         return self._order if self._order is not None and self._order.number > number else None, not self._closed
 
-    def put(self, message: Message) -> None:
-        self._messages.append(message)
+    def put(self, number: int, message: Message) -> None:
+        """About the order of that number; what comes late, when there is another one, is dropped."""
+        if self._is_of(number):
+            self._messages.append(message)
 
     def answer_to(self, step: int) -> bool | None:
         """What the driver answered to the question of this step; None if it has not yet."""
         return self._answers.get(step)
 
-    def set_fatal(self, error: str) -> None:
-        """The order's error would come back however often it is tried."""
-        self._fatal = self._fatal or error
+    def set_fatal(self, number: int, error: str) -> None:
+        """The error of the order of that number would come back however often it is tried."""
+        if self._is_of(number):
+            self._fatal = self._fatal or error
 
     def fatal(self) -> str | None:
         return self._fatal
+
+    def _is_of(self, number: int) -> bool:
+        return self._order is not None and self._order.number == number

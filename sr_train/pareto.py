@@ -120,7 +120,10 @@ def best_trial(records: Sequence[TrialRecord], limits: Limits) -> TrialRecord | 
 
 
 def _is_within(cost: ModelCost | None, limits: Limits) -> bool:
-    return limits == Limits() if cost is None else over_limit(cost, limits) is None
+    if cost is None:
+        return limits == Limits()
+    is_unknown = cost.latency_s is None and limits.max_latency_ms is not None
+    return not is_unknown and over_limit(cost, limits) is None
 
 
 def _rank(record: TrialRecord) -> tuple[float, float, str]:

@@ -73,7 +73,13 @@ def num_fitting(cluster: ClusterFacts, cpus: float, gpus: float | None) -> Itera
     """How many workers with so many CPUs and GPUs each node can hold; None: they use no GPU."""
     for node_cpus, node_gpus in zip(cluster.cpus_per_node, cluster.gpus_per_node, strict=True):
         by_cpus = int(node_cpus / cpus + 1e-6)  # 1.5 / 0.3 is 4.999…
-        yield by_cpus if gpus is None else min(by_cpus, int(node_gpus / gpus + 1e-6))
+        if gpus is None:
+            yield by_cpus
+        elif gpus >= 1:
+            yield min(by_cpus, int(node_gpus / gpus))
+        else:  # a part is of one GPU: two of 0.4 fit on each
+            whole, rest = divmod(node_gpus, 1.0)
+            yield min(by_cpus, int(whole) * int(1 / gpus + 1e-6) + int(rest / gpus + 1e-6))
 
 
 def _gpu(run: RunConfig) -> str:

@@ -6,6 +6,7 @@ trials' records, which are told to a new Tune as if the trials ran again (docs/d
 """
 
 import logging
+import math
 import os
 import queue
 import threading
@@ -27,7 +28,7 @@ from sr_train.ray_workers import POLL_INTERVAL_S, Workers
 from sr_train.search_space import choices
 from sr_train.sweep_plan import SweepPlan
 from sr_train.tpe_search import PSNR, TpeSearch, as_config, name_in, sample_in
-from sr_train.training_space import LEARNING_RATE
+from sr_train.training_space import BATCH, LEARNING_RATE
 from sr_train.trial import TrialTask, run_trial
 from sr_train.trial_record import TrialRecord, record_from_json, record_to_json
 from sr_train.worker import StreamPairs
@@ -67,15 +68,21 @@ def run_sweep(task: TrialTask, *, on_record: Callable[[TrialRecord], None]) -> N
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     _be_quiet()
     listener = _Listener(sweep.trial_patches)
+    members = _members(sweep)
+    if sweep.samples is not None and not members:
+        return  # of this population, all are over
+    is_population = sweep.config.search.scheduler == "pbt"
     with TemporaryDirectory(prefix="sr-ray-tune-", ignore_cleanup_errors=True) as state:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_TrialActor, task=task), _actor_resources(sweep)),
-            param_space={} if sweep.samples is None else {"trial": tune.grid_search(_members(sweep))},
+            param_space={} if sweep.samples is None else {"trial": tune.grid_search(members)},
             tune_config=tune.TuneConfig(
                 search_alg=TpeSearch(sweep) if sweep.samples is None else None,
                 scheduler=_scheduler(sweep),
                 num_samples=sweep.num_trials if sweep.samples is None else 1,
-                max_concurrent_trials=sweep.max_concurrent,
+                # Tune counts paused trials too, and a population is all of its members: its actors are limited by what
+                # they reserve.
+                max_concurrent_trials=None if is_population else sweep.max_concurrent,
                 reuse_actors=True,
                 trial_name_creator=lambda trial: name_in(trial.config),
                 trial_dirname_creator=lambda trial: name_in(trial.config),
@@ -142,10 +149,9 @@ class _Listener(tune.Callback):
             self._tell(trial, replace(record, status="finished" if is_whole else "stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        record = self._last.get(trial.trial_id)
-        if record is not None:
-            lines = str(trial.get_error() or "its actor was lost").strip().splitlines()
-            self._tell(trial, replace(record, status="failed", reason=lines[-1]))
+        record = self._last.get(trial.trial_id) or TrialRecord(name=str(trial), sample=sample_in(trial.config))
+        lines = str(trial.get_error() or "its actor was lost").strip().splitlines()
+        self._tell(trial, replace(record, status="failed", reason=lines[-1]))
 
     def _tell(self, trial: TuneTrial, record: TrialRecord) -> None:
         self._last[trial.trial_id] = record
@@ -173,7 +179,7 @@ class _TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Trains to the next validation, or to the end."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
+            self._thread = threading.Thread(target=self._train, args=(self._told,), name="trial", daemon=True)
             self._thread.start()
         else:
             self._answers.put(True)
@@ -187,7 +193,7 @@ class _TrialActor(tune.Trainable):
             scores = {PSNR: point.psnr_db, _PATCHES: point.patches_seen}
         return {**scores, _RECORD: record_to_json(self._record), "done": is_end}
 
-    def _train(self) -> None:
+    def _train(self, told: "queue.Queue[tuple[TrialRecord, bool] | BaseException]") -> None:
         """In a thread: Tune calls `step` for each validation, while training is one call."""
         try:
             record = run_trial(
@@ -199,9 +205,9 @@ class _TrialActor(tune.Trainable):
                 donor=self._donor,
             )
         except BaseException as error:  # noqa: BLE001  raised where Tune waits
-            self._told.put(error)
+            told.put(error)
         else:
-            self._told.put((record, True))
+            told.put((record, True))
 
     def _report(self, record: TrialRecord) -> bool:
         if not self._is_stopped:  # else nobody listens any more
@@ -224,6 +230,9 @@ class _TrialActor(tune.Trainable):
         if self._thread is not None:
             self._answers.put(False)
             self._thread.join(_STOP_TIMEOUT_S)
+            if self._thread.is_alive():  # a server hangs; the next trial must not share its workers
+                self._workers.close(wait=False)
+                self._workers = Workers(self._task.sweep.base.config.run)
 
     # What PBT's trials give one another: the record, which says where the checkpoint is.
 
@@ -241,9 +250,21 @@ def _members(sweep: SweepPlan) -> list[dict[str, Any]]:
     say it.
     """
     samples = sweep.samples or ()
-    if sweep.config.search.scheduler == "pbt":
-        return [as_config(sample, f"member-{number:03d}")["trial"] for number, sample in enumerate(samples)]
-    return [as_config(sample)["trial"] for sample in samples]
+    if sweep.config.search.scheduler != "pbt":
+        return [as_config(sample)["trial"] for sample in samples]
+    known = {record.name: record for record in sweep.known}
+    members = []
+    for number, sample in enumerate(samples):
+        name = f"member-{number:03d}"
+        if name not in known:
+            members.append(as_config(sample, name)["trial"])
+        elif not known[name].is_over:  # those that are over give nothing to the others any more
+            members.append(as_config(known[name].sample, name)["trial"])
+    return members
+
+
+def _largest_batch(sweep: SweepPlan) -> int:
+    return max((int(sample.get(BATCH, 0)) for sample in sweep.samples or ()), default=0)
 
 
 def _be_quiet() -> None:
@@ -254,12 +275,13 @@ def _be_quiet() -> None:
 
 def _actor_resources(sweep: SweepPlan) -> dict[str, float]:
     """A byte: Tune wants something to reserve, and a share of a CPU would be missing where workers take whole ones.
-    The members of a population stay on the driver's node: what they give one another lies on its disk.
+    The members of a population stay on the driver's node, of which there is 1: what they give one another lies on its
+    disk.
     """
     if sweep.config.search.scheduler != "pbt":
         return {"memory": 1.0}
     node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return {"memory": 1.0, f"node:{node}": 1e-4}
+    return {"memory": 1.0, f"node:{node}": math.floor(1e4 / sweep.max_concurrent) / 1e4}
 
 
 def _scheduler(sweep: SweepPlan) -> schedulers.TrialScheduler:
@@ -290,7 +312,8 @@ def _scheduler(sweep: SweepPlan) -> schedulers.TrialScheduler:
             time_attr=_PATCHES,
             metric=PSNR,
             mode="max",
-            perturbation_interval=sweep.grace_patches,
+            # Validations come after whole steps, a little late: the next one is less than an interval away.
+            perturbation_interval=max(1, sweep.grace_patches - _largest_batch(sweep)),
             hyperparam_mutations={"trial": {"sample": {LEARNING_RATE: rates}}},
             custom_explore_fn=within,
             log_config=False,

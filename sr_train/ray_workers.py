@@ -96,13 +96,19 @@ class Workers:
         order = Order(self._num_orders, {"job": job, "asks": goes_on is not None})
         starts = 0
         while True:
+            if self._group is not None and not self._group.is_alive():  # it used up its failures in earlier jobs
+                self.close(wait=False)
             group = self._group = self._group or _Group(self._run)
             starts_before = starts
             group.place(order)
             for kind, values in group.messages():
                 if kind == "ask":
                     assert goes_on is not None  # the order says whether to ask
-                    group.answer(values["step"], goes_on(values))
+                    answer = False
+                    try:
+                        answer = goes_on(values)
+                    finally:  # else the workers would wait for ever
+                        group.answer(values["step"], answer)
                 elif kind == "end":
                     return _result(values, num_restarts=max(0, starts - 1))
                 else:
@@ -141,6 +147,9 @@ class _Group:
                 _trainer(run, self._mailbox, ray_state).fit()
         except Exception as error:  # noqa: BLE001  told to whoever waits for messages
             self._error = error
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def place(self, order: Order) -> None:
         ray.get(self._mailbox.place.remote(order))
@@ -225,7 +234,7 @@ def _carry_out(order: Order, mailbox: Any) -> None:
 
     def send(kind: str, values: Mapping[str, Any]) -> None:
         if is_first:
-            mailbox.put.remote((kind, values))
+            mailbox.put.remote(order.number, (kind, values))
 
     def goes_on(values: Mapping[str, Any]) -> bool:
         send("ask", values)
@@ -254,7 +263,7 @@ def _carry_out(order: Order, mailbox: Any) -> None:
     ) as error:
         # Storage that refuses or is away may be back at the next start; a file that is not there will not.
         if not isinstance(error, StorageError) or error.errno == errno.ENOENT:
-            ray.get(mailbox.set_fatal.remote(str(error)))
+            ray.get(mailbox.set_fatal.remote(order.number, str(error)))
         # Raised on every worker: all end here, in step.
         if isinstance(error, (NonFiniteLossError, CollapseError, CheckpointWriteError)):
             return send("end", {"error": str(error)})

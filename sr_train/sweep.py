@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sr_data.storage import Store, open_store
@@ -26,7 +27,7 @@ from sr_train.ray_cluster import cluster_facts, connect
 from sr_train.ray_sweep import decode_shared, run_sweep
 from sr_train.ray_workers import FitResult
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim
 from sr_train.sweep_config import SweepConfig, sweep_to_json
 from sr_train.sweep_plan import SWEEP_KEY, SweepPlan, known_trials, make_sweep_plan, trial_plan
 from sr_train.sweep_progress import SweepProgress
@@ -90,7 +91,8 @@ class _Sweep:
         plan = self._plan
         fingerprints = {"train": plan.base.train.fingerprint, "validation": plan.base.validation.fingerprint}
         self._store.write(DATASETS_KEY, json.dumps(fingerprints).encode())
-        self._store.write(SWEEP_KEY, sweep_to_json(plan.config).encode())
+        self._owner = claim(self._store)
+        self._store.write(SWEEP_KEY, sweep_to_json(plan.asked).encode())
         parent = self._start_tracking()
         status: Status = "FAILED"
         try:
@@ -122,13 +124,14 @@ class _Sweep:
             progress.known(plan.known)
             progress.message("decoding the images, once for all trials")
             stream_pairs, shared = decode_shared(plan)
-            task = TrialTask(sweep=plan, stream_pairs=stream_pairs, parent=parent, facts=self._facts)
+            task = TrialTask(sweep=plan, stream_pairs=stream_pairs, parent=parent, facts=self._facts, owner=self._owner)
             began_s = time.time()
             run_sweep(task, on_record=note)
             ended_s = time.time()
             del shared
         finally:
             progress.close()
+        task.check_owner()
         self._settle(parent)
         return SweepTimes(before_trials=began_s - self._script_started_s, trials=ended_s - began_s)
 
@@ -137,7 +140,7 @@ class _Sweep:
         for record in known_trials(self._store):
             heard = self._records.get(record.name)
             if not record.is_over and heard is not None and heard.is_over:
-                record = replace(heard, seconds=record.seconds, mlflow_run=record.mlflow_run)
+                record = replace(record, status=heard.status, reason=heard.reason)
                 write_record(trial_store(self._plan, record.name), record)
                 if parent is not None and record.mlflow_run is not None:
                     end_tracking(replace(parent, run_id=record.mlflow_run), record)
@@ -192,7 +195,8 @@ class _Sweep:
         values: dict[str, Any] = json.loads(text)
         previous = _read_json(self._store, TRACKING_KEY)
         same_server = previous.get("tracking_uri") == base.config.tracking.uri
-        handle = start_run(
+        begin = partial(
+            start_run,
             tracking_uri=base.tracking_uri,
             experiment=base.config.tracking.experiment,
             run_name=plan.name,
@@ -206,8 +210,16 @@ class _Sweep:
                 "kind": "sweep",
             },
             texts={"sweep.json": text, "plan.txt": describe_sweep(plan)},
-            run_id=previous.get("run_id") if same_server else None,
         )
+        handle = None
+        if same_server:
+            try:
+                handle = begin(run_id=previous["run_id"])
+            except TrackingError as error:
+                print(
+                    f"warning: a new MLflow run begins, the earlier one is gone: {error}", file=sys.stderr, flush=True
+                )
+        handle = handle or begin()
         known = {"tracking_uri": base.config.tracking.uri, "run_id": handle.run_id}
         self._store.write(TRACKING_KEY, json.dumps(known).encode())
         return handle
@@ -220,7 +232,9 @@ def _retrain(command: SweepCommand, plan: SweepPlan, parent: RunHandle | None) -
     assert best is not None, "the sweep has found one"
     base = command.config.base
     config = configure(base, best.sample, total_patches=base.optim.total_patches)
-    run = replace(base.run, name=f"{plan.name}-retrained", storage=plan.base.config.run.storage)
+    # Named after the winner: more trials may bring another one. It has the cluster to itself.
+    name = f"{plan.name}-{best.name}-retrained"
+    run = replace(base.run, name=name, storage=plan.base.config.run.storage, cpus_per_worker=None)
     print(f"training {best.name} anew with the full budget of {base.optim.total_patches:,} patches", flush=True)
     checkpoint = run_training(
         TrainCommand(

@@ -15,7 +15,7 @@ from sr_train.pareto import Limits
 from sr_train.search_space import Domain
 from sr_train.sweep import SweepCommand
 from sr_train.sweep_config import SearchConfig, SweepConfig, sweep_from_json, sweep_to_dict
-from sr_train.sweep_plan import SWEEP_KEY
+from sr_train.sweep_plan import SWEEP_KEY, with_budgets
 from sr_train.training_space import ModelSpaceT, TrainingSpace
 
 # What a sweep that goes on may change: how many trials, how many at once, where, and what the result is judged by.
@@ -77,7 +77,10 @@ def parse_sweep(
     base = presets[preset or default_preset]
     default = SweepConfig(base=base, space=space_of(base), search=SearchConfig(), limits=Limits())
     saved = _saved(arguments, default, config_type, space_type) if "--resume" in arguments else None
-    start = saved if saved is not None and preset is None else default
+    start = default
+    if saved is not None and preset is None:
+        # A trial's budget stays, also where the full one, of which it was a part, is changed.
+        start = replace(saved, search=with_budgets(saved))
     with _registry():
         options = tyro.cli(
             _Options[config_type, model_type],  # type: ignore[valid-type]
@@ -148,18 +151,14 @@ def _saved(
         saved = sweep_from_json(text, config_type, space_type)
     except ValueError as error:
         raise ConfigError(f"{storage.uri_of(key)}: --resume needs this sweep's options: {error}") from error
-    # What the plan had resolved for the cluster of that time is left open, and the password of the tracking server is
-    # in the environment.
-    run = replace(saved.base.run, cpus_per_worker=None, threads_per_worker=None, device="auto")
     tracking = saved.base.tracking
-    if tracking.uri is not None and "***@" in tracking.uri:
-        tracking = replace(tracking, uri=None)
-    base = replace(saved.base, run=run, tracking=tracking)
-    return replace(saved, base=base, search=replace(saved.search, max_concurrent=None))
+    if tracking.uri is not None and "***@" in tracking.uri:  # saved without its password: the environment has it
+        saved = replace(saved, base=replace(saved.base, tracking=replace(tracking, uri=None)))
+    return saved
 
 
 def _require_same(saved: SweepConfig[Any, Any], asked: SweepConfig[Any, Any]) -> None:
-    before, after = flatten(sweep_to_dict(saved)), flatten(sweep_to_dict(asked))
+    before, after = (flatten(sweep_to_dict(replace(one, search=with_budgets(one)))) for one in (saved, asked))
     changed = [
         f"--{_flag(name.removeprefix('base.').removeprefix('search.'))} {after[name]} (was {before.get(name)})"
         for name in after

@@ -34,6 +34,8 @@ class SweepPlan:
 
     config: SweepConfig[Any, Any]
     """Resolved: names, storage, tracking, devices, budgets and concurrency are set."""
+    asked: SweepConfig[Any, Any]
+    """As its user gave it, named and placed: what is saved, and what `--resume` starts from."""
     base: Plan
     """Of a run with the common options; what it knows of data, tracking and assets holds for every trial."""
     samples: tuple[Sample, ...] | None
@@ -76,7 +78,7 @@ def make_sweep_plan(
     progress: Callable[[int, int], None] | None = None,
 ) -> SweepPlan:
     """Checks what `make_plan` checks, the space, the limits and that a trial fits. Raises PlanError or ConfigError."""
-    search = _budgets(config)
+    asked, search = config, with_budgets(config)
     if config.base.checkpoint.init_from is not None:
         raise ConfigError("--checkpoint.init-from: trials differ in their networks, so they begin from nothing")
     check_space(config.space, config.base, total_patches=search.trial_patches or 0)
@@ -98,9 +100,12 @@ def make_sweep_plan(
     config = replace(
         config, base=replace(base.config, data=replace(base.config.data, window_images=None)), search=search
     )
+    asked_run = replace(asked.base.run, name=base.config.run.name, storage=base.config.run.storage)
+    asked_tracking = replace(asked.base.tracking, uri=base.config.tracking.uri)
+    asked = replace(asked, base=replace(asked.base, run=asked_run, tracking=asked_tracking))
     samples, num_left_out = _samples(config)
     known = known_trials(open_store(base.run_uri))
-    return SweepPlan(config=config, base=base, samples=samples, num_left_out=num_left_out, known=known)
+    return SweepPlan(config=config, asked=asked, base=base, samples=samples, num_left_out=num_left_out, known=known)
 
 
 def place_trials(run: RunConfig, cluster: ClusterFacts) -> tuple[RunConfig, int]:
@@ -174,7 +179,8 @@ def cost_of(sweep: SweepPlan, sample: Sample) -> ModelCost:
     return model_cost(configure(sweep.base.config, sample, total_patches=sweep.trial_patches).model)
 
 
-def _budgets(config: SweepConfig[Any, Any]) -> SearchConfig:
+def with_budgets(config: SweepConfig[Any, Any]) -> SearchConfig:
+    """The search's options with the budgets that follow from the run's where they were left open."""
     search = config.search
     trial = search.trial_patches or max(1, config.base.optim.total_patches // TRIAL_SHARE)
     grace = search.grace_patches or max(1, trial // search.reduction_factor**2)
@@ -215,19 +221,19 @@ def _require_no_other(base: Plan, *, resume: bool) -> None:
 def _samples(config: SweepConfig[Any, Any]) -> tuple[tuple[Sample, ...] | None, int]:
     """The trials that are known before the sweep begins, and how many were left out for their cost."""
     search, domains = config.search, domains_of(config.space)
-    if search.search == "tpe":
-        return None, 0
     limited = any(value is not None for value in dataclasses.astuple(config.limits))
+    if search.search == "tpe" and not limited:
+        return None, 0
     if search.search == "grid":
         drawn = grid(domains, canonical)
     else:
-        num_draws = search.num_trials * (_DRAWS_PER_TRIAL if limited else 1)
+        num_draws = search.num_trials * (_DRAWS_PER_TRIAL if limited else 1)  # of TPE: is there any?
         drawn = draw_samples(domains, num_samples=num_draws, seed=search.search_seed, canonical=canonical)
     reasons: dict[str, str | None] = {}
     kept: list[Sample] = []
     num_left_out = 0
     for sample in drawn:
-        if search.search == "random" and len(kept) == search.num_trials:
+        if search.search != "grid" and len(kept) == search.num_trials:
             break
         model = configure(config.base, sample, total_patches=search.trial_patches or 0).model
         reason = reasons.setdefault(repr(model), over_limit(model_cost(model), config.limits) if limited else None)
@@ -237,4 +243,4 @@ def _samples(config: SweepConfig[Any, Any]) -> tuple[tuple[Sample, ...] | None, 
             num_left_out += 1
     if not kept:
         raise ConfigError(f"no point of the space is within the limits; the last one: {reason}")
-    return tuple(kept), num_left_out
+    return (None, 0) if search.search == "tpe" else (tuple(kept), num_left_out)

@@ -127,8 +127,13 @@ def _known(plan: SweepPlan) -> str:
 
 
 def _left_out(plan: SweepPlan) -> str:
-    few = "; the space holds no more" if plan.num_trials < plan.config.search.num_trials else ""
+    is_random, is_whole = plan.config.search.search == "random", plan.num_left_out == 0
+    few = "; the space holds no more" if is_random and is_whole and _is_short(plan) else ""
     return (f"; {plan.num_left_out} points left out, above the limits" if plan.num_left_out else "") + few
+
+
+def _is_short(plan: SweepPlan) -> bool:
+    return plan.num_trials < plan.config.search.num_trials
 
 
 def _scheduler(plan: SweepPlan) -> str:

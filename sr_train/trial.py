@@ -10,8 +10,10 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from sr_data.errors import StorageError
 from sr_data.storage import Store, open_store, split_uri
 from sr_train import checkpoint as ckpt
 from sr_train.config import config_to_dict, flatten
@@ -20,7 +22,7 @@ from sr_train.loop import Position
 from sr_train.pareto import over_limit
 from sr_train.plan import Plan
 from sr_train.ray_workers import TrainingFailedError, Workers
-from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, checkpoint_store, claim
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, OWNER_KEY, checkpoint_store, claim
 from sr_train.sweep_plan import TRIAL_KEY, SweepPlan, cost_of, trial_plan, trials_uri
 from sr_train.tracking import RunHandle, finish_run, replay_spool, start_run
 from sr_train.tracking_server import TrackingError
@@ -45,6 +47,13 @@ class TrialTask:
     """The sweep's MLflow run; None without a server."""
     facts: Mapping[str, str]
     """What the sweep runs on, for each trial's MLflow run."""
+    owner: str | None = None
+    """The driver's claim on the sweep, see `sr_train.run_folder`; None: not to be checked."""
+
+    def check_owner(self) -> None:
+        """StorageError if another driver has taken the sweep over: its trials are not this one's to write."""
+        if self.owner is not None and open_store(self.sweep.uri).read_text(OWNER_KEY) != self.owner:
+            raise StorageError(f"{self.sweep.uri}: another driver has taken this sweep over, so this one stops")
 
 
 def run_trial(
@@ -62,10 +71,12 @@ def run_trial(
     instead, with this sample (itself, if it was only paused).
     Training that fails is the trial's result, not an error. Raises StorageError where records can't be read or written.
     """
+    task.check_owner()
     store = trial_store(task.sweep, name)
     record = read_record(store) or TrialRecord(name=name, sample=dict(canonical(sample)))
     if donor is not None:
         record = _taken_over(donor, record, canonical(sample), store)
+        write_record(store, record)
     else:
         told = (
             replace(record, history=record.history[:count], status="running")
@@ -73,7 +84,7 @@ def run_trial(
         )
         goes_on = all(map(report, told))  # no more after a no: nobody listens
         if not goes_on and not record.is_over:
-            return _over(replace(record, status="stopped"), store, _handle(task, record))
+            return _over(task, replace(record, status="stopped"), store, _handle(task, record))
         if record.is_over:
             return record
         sample = record.sample  # a member of a population has another one than it began with
@@ -81,7 +92,7 @@ def run_trial(
     record = replace(record, cost=cost)
     reason = over_limit(cost, task.sweep.config.limits)
     if reason is not None:
-        return _over(replace(record, status="over limit", reason=reason), store, None)
+        return _over(task, replace(record, status="over limit", reason=reason), store, None)
     return _Training(task, trial_plan(task.sweep, sample, name), store, record, workers, report).run()
 
 
@@ -149,7 +160,8 @@ class _Training:
     def run(self) -> TrialRecord:
         plan, store = self._plan, self._store
         tracking = self._start_tracking()
-        self._record = replace(self._record, mlflow_run=tracking.run_id if tracking is not None else None)
+        if tracking is not None:
+            self._record = replace(self._record, mlflow_run=tracking.run_id)
         write_record(store, self._record)
         owner = claim(store)
         fingerprints = {"train": plan.train.fingerprint, "validation": plan.validation.fingerprint}
@@ -166,12 +178,14 @@ class _Training:
         try:
             result = self._workers.fit(job, on_message=self._hear, goes_on=self._goes_on)
         except TrainingFailedError as error:
-            return _over(replace(self._timed(), status="failed", reason=str(error)), store, tracking)
-        record = replace(self._timed(), checkpoint=self._best_checkpoint(result.position))
+            return _over(self._task, replace(self._timed(), status="failed", reason=str(error)), store, tracking)
+        record = self._with_best(self._timed(), result.position)
         if record.status == "running":
             finished = result.position.step >= plan.config.optim.total_steps
+            if not finished and self._task.sweep.config.search.scheduler == "pbt":
+                return record  # paused, or made to go on from another: it may be trained elsewhere by now
             record = replace(record, status="finished" if finished else "stopped")
-        return _over(record, store, tracking)
+        return _over(self._task, record, store, tracking)
 
     def _goes_on(self, values: Mapping[str, Any]) -> bool:
         """After a validation, whose checkpoint is in storage, or with the latency that was measured."""
@@ -216,8 +230,17 @@ class _Training:
         before = self._seconds_before
         return replace(self._record, seconds={name: before.get(name, 0.0) + value for name, value in seconds.items()})
 
-    def _best_checkpoint(self, position: Position) -> str | None:
-        return self._checkpoint_uri(position.best["key"]) if position.best is not None else self._record.checkpoint
+    def _with_best(self, record: TrialRecord, position: Position) -> TrialRecord:
+        """With the best validation, also where the worker was lost between its checkpoint and its telling."""
+        best = position.best
+        if best is None:
+            return record
+        patches_seen = best["step"] * self._plan.config.optim.global_batch_size
+        if all(point.patches_seen != patches_seen for point in record.history):
+            point = Point(patches_seen=patches_seen, psnr_db=best["psnr_db"], ssim=best["ssim"])
+            history = sorted([*record.history, point], key=lambda one: one.patches_seen)
+            record = replace(record, history=tuple(history))
+        return replace(record, checkpoint=self._checkpoint_uri(best["key"]))
 
     def _checkpoint_uri(self, key: str) -> str:
         return checkpoint_store(self._store.uri).uri_of(key)
@@ -226,17 +249,27 @@ class _Training:
         parent, plan = self._task.parent, self._plan
         if parent is None:
             return None
-        return start_run(
+        options = {f"space.{name}": str(value) for name, value in self._record.sample.items()}
+        begin = partial(
+            start_run,
             tracking_uri=parent.tracking_uri,
             experiment=plan.config.tracking.experiment,
             run_name=self._record.name,
-            params=flatten(config_to_dict(plan.config))
-            | {f"space.{k}": str(v) for k, v in self._record.sample.items()},
+            params=flatten(config_to_dict(plan.config)) | options,
             tags={**self._task.facts, "run_uri": self._store.uri, "dataset_fingerprint": plan.train.fingerprint},
             texts={},
             parent_run_id=parent.run_id,
-            run_id=self._record.mlflow_run,
         )
+        if self._record.mlflow_run is not None:
+            try:
+                return begin(run_id=self._record.mlflow_run)
+            except TrackingError as error:
+                logger.warning("%s has a new run in MLflow, the earlier one is gone: %s", self._record.name, error)
+        try:
+            return begin()
+        except TrackingError as error:
+            logger.warning("%s is trained without a run in MLflow: %s", self._record.name, error)
+            return None
 
 
 def _handle(task: TrialTask, record: TrialRecord) -> RunHandle | None:
@@ -245,8 +278,9 @@ def _handle(task: TrialTask, record: TrialRecord) -> RunHandle | None:
     return replace(task.parent, run_id=record.mlflow_run, run_name=record.name)
 
 
-def _over(record: TrialRecord, store: Store, tracking: RunHandle | None) -> TrialRecord:
+def _over(task: TrialTask, record: TrialRecord, store: Store, tracking: RunHandle | None) -> TrialRecord:
     """Saves a trial's last record and ends its MLflow run."""
+    task.check_owner()
     write_record(store, record)
     if tracking is not None:
         end_tracking(tracking, record)
@@ -254,7 +288,7 @@ def _over(record: TrialRecord, store: Store, tracking: RunHandle | None) -> Tria
 
 
 def end_tracking(tracking: RunHandle, record: TrialRecord) -> None:
-    """Ends a trial's MLflow run; a server that is away keeps it open until the sweep ends."""
+    """Ends a trial's MLflow run; a server that is away is told from the spool, when the trial's machine next sends."""
     try:
         replay_spool(tracking, SPOOL)
         finish_run(tracking, "FAILED" if record.status == "failed" else "FINISHED", spool=SPOOL)

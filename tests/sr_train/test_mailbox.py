@@ -23,9 +23,10 @@ def test_after_its_end_there_is_no_further_order_but_the_one_that_is_not_finishe
 
 def test_messages_are_taken_once_in_the_order_in_which_they_were_sent() -> None:
     mailbox = Mailbox()
+    mailbox.place(Order(1, "job"))
     sent = [("start", {"step": 0}), ("progress", {"step": 1}), ("end", {})]
     for message in sent:
-        mailbox.put(message)
+        mailbox.put(1, message)
     assert (mailbox.take(), mailbox.take()) == (sent, [])
 
 
@@ -39,9 +40,10 @@ def test_a_question_has_no_answer_until_there_is_one() -> None:
 
 def test_the_first_error_that_would_come_back_is_kept() -> None:
     mailbox = Mailbox()
+    mailbox.place(Order(1, "job"))
     assert mailbox.fatal() is None
-    mailbox.set_fatal("the loss is nan")
-    mailbox.set_fatal("a peer is gone")
+    mailbox.set_fatal(1, "the loss is nan")
+    mailbox.set_fatal(1, "a peer is gone")
     assert mailbox.fatal() == "the loss is nan"
 
 
@@ -49,7 +51,9 @@ def test_an_order_begins_with_nothing_of_the_one_before() -> None:
     mailbox = Mailbox()
     mailbox.place(Order(1, "first"))
     mailbox.answer(10, goes_on=False)
-    mailbox.set_fatal("the loss is nan")
-    mailbox.put(("progress", {"step": 11}))  # sent before the worker knew
+    mailbox.set_fatal(1, "the loss is nan")
+    mailbox.put(1, ("progress", {"step": 11}))  # sent before the worker knew
     mailbox.place(Order(2, "second"))
+    mailbox.set_fatal(1, "a peer is gone")  # late
+    mailbox.put(1, ("end", {}))
     assert (mailbox.answer_to(10), mailbox.fatal(), mailbox.take()) == (None, None, [])

@@ -59,7 +59,8 @@ def test_a_worker_may_take_a_part_of_a_gpu(facts: ClusterFacts, share: float, ex
     [
         (cluster(8, gpus=(1,)), 0.25, [4]),
         (cluster(2, gpus=(1,)), 0.25, [2]),
-        (cluster(16, gpus=(3,)), 0.3, [10]),  # 3 / 0.3 is 10.000000000000002 or 9.999…
+        (cluster(16, gpus=(3,)), 0.3, [9]),  # a part is of one GPU
+        (cluster(16, gpus=(2,)), 0.2, [10]),  # 1 / 0.2 may be 4.999…
         (cluster(8, 8, gpus=(0.5, 2)), 1, [0, 2]),
         (cluster(8, 8, gpus=(0.5, 2)), None, [8, 8]),
     ],

@@ -16,7 +16,7 @@ from sr_train.search_space import Floats, Ints, Names
 from sr_train.sweep import SweepCommand
 from sr_train.sweep_cli import parse_sweep
 from sr_train.sweep_config import SearchConfig, SweepConfig, sweep_to_json
-from sr_train.sweep_plan import SWEEP_KEY
+from sr_train.sweep_plan import SWEEP_KEY, with_budgets
 from sr_train.training_space import EDSRSpace, TrainingSpace
 
 
@@ -123,7 +123,7 @@ def begun(tmp_path: Path) -> list[str]:
 
 
 def save(storage: Path, config: SweepConfig[TrainConfig[EDSRConfig], EDSRSpace]) -> None:
-    """As its plan would have saved it: resolved for the cluster of that time."""
+    """As a sweep saves it: what its user asked for."""
     run = replace(
         config.base.run, name="mine", storage=str(storage), device="cuda", cpus_per_worker=3.0, threads_per_worker=3
     )
@@ -142,11 +142,11 @@ def test_resume_goes_on_with_the_saved_options(begun: list[str]) -> None:
     assert (config.search.num_trials, config.search.search_seed, config.base.optim.seed) == (4, 7, 5)
 
 
-def test_resume_leaves_open_what_was_resolved_for_another_cluster(begun: list[str]) -> None:
+def test_resume_keeps_what_was_asked_for_but_the_password(begun: list[str]) -> None:
     config = parse(*begun).config
     run = config.base.run
-    assert (run.device, run.cpus_per_worker, run.threads_per_worker) == ("auto", None, None)
-    assert (config.search.max_concurrent, config.base.tracking.uri) == (None, None)
+    assert (run.device, run.cpus_per_worker, run.threads_per_worker) == ("cuda", 3.0, 3)
+    assert (config.search.max_concurrent, config.base.tracking.uri) == (9, None)
     assert config.base.tracking.register_as == "edsr-x2"
 
 
@@ -165,7 +165,7 @@ def test_resume_takes_more_trials_and_other_limits(begun: list[str]) -> None:
         (["--space.schedule.kind", "step"], r"--space.schedule.kind step \(was step,cosine,one-cycle\)"),
         (["--search", "grid"], r"--search grid \(was random\)"),
         (["--search-seed", "1"], r"--search-seed 1 \(was 7\)"),
-        (["--trial-patches", "800"], r"--trial-patches 800 \(was None\)"),
+        (["--trial-patches", "800"], r"--trial-patches 800 \(was 2400\)"),
         (["--optim.seed", "6"], r"--optim.seed 6 \(was 5\).*another --run.name"),
         (["--preset", "edsr-small-x2"], r"--optim.seed 0 \(was 5\)"),
     ],
@@ -173,6 +173,18 @@ def test_resume_takes_more_trials_and_other_limits(begun: list[str]) -> None:
 def test_resume_refuses_what_trials_have_in_common(begun: list[str], arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(*begun, *arguments)
+
+
+def test_a_job_that_is_submitted_again_with_its_preset_goes_on(begun: list[str], tmp_path: Path) -> None:
+    same = ["--preset", "edsr-small-x2", "--space.num-blocks", "2,4", "--num-trials", "4", "--search-seed", "7"]
+    config = parse(*begun, *same, "--optim.seed", "5").config
+    assert (config.search.num_trials, config.space.model.num_blocks) == (4, Ints(values=(2, 4)))
+
+
+def test_a_trials_budget_stays_where_the_full_one_changes(begun: list[str]) -> None:
+    before = with_budgets(parse(*begun).config)
+    after = with_budgets(parse(*begun, "--optim.total-patches", "99999").config)
+    assert (after.trial_patches, after.grace_patches) == (before.trial_patches, before.grace_patches)
 
 
 def test_resume_of_a_sweep_that_never_began_is_a_first_start(tmp_path: Path) -> None:
