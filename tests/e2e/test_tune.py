@@ -195,3 +195,21 @@ def in_environment(cluster: Cluster) -> Iterator[None]:
         for name, value in cluster.s3.env.items():
             patch.setenv(name, value)
         yield
+
+
+def test_a_population_trains_together_and_goes_on(cluster: Cluster) -> None:
+    """Three members, taken over from one another or not, each to the end of its budget; then there is nothing left."""
+    flags = ["--scheduler", "pbt", "--num-trials", 3, "--trial-patches", 480, "--grace-patches", 80]
+    flags += ["--space.num-blocks", 1, "--space.num-channels", 8]
+    outcome = cluster.start("population", *WHAT, *flags).wait()
+    assert outcome.exit_code == 0, outcome.logs
+    with in_environment(cluster):
+        store = open_store(f"{cluster.bucket}/sweeps/population")
+        members = known_trials(store)
+        assert [one.name for one in members] == ["member-000", "member-001", "member-002"]
+        assert [(one.status, one.patches_seen) for one in members] == [("finished", 480)] * 3
+        before = [store.read_text(f"trials/{one.name}/trial.json") for one in members]
+    again = cluster.start("population", "--resume").wait()
+    assert again.exit_code == 0 and "trial 1/3" not in again.logs, again.logs
+    with in_environment(cluster):
+        assert [store.read_text(f"trials/{one.name}/trial.json") for one in members] == before

@@ -163,3 +163,8 @@ def test_a_trial_of_unknown_cost_is_within_no_limit():
     )
     assert best_trial([unknown], NO_LIMITS) is unknown
     assert best_trial([unknown], Limits(max_gflops=1e6)) is None
+
+
+def test_a_trial_whose_latency_is_not_known_is_not_best_under_a_ceiling_of_latency():
+    measured = trial("a", 30.0, latency_s=0.01)
+    assert best_trial([trial("b", 31.0), measured], Limits(max_latency_ms=50)) is measured

@@ -12,17 +12,20 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from sr_data.errors import StorageError
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair
+from sr_data.storage import open_store
 from sr_models.cost import model_cost
 from sr_models.edsr import EDSRConfig
 from sr_train.pareto import Limits
-from sr_train.run_folder import CONFIG_KEY, checkpoint_store
+from sr_train.run_folder import CONFIG_KEY, checkpoint_store, claim
 from sr_train.sweep_plan import TRIAL_KEY, SweepPlan
 from sr_train.tracking import RunHandle, start_run
 from sr_train.trial import read_record, trial_store, write_record
 from sr_train.trial_record import Sample, TrialRecord
 from sr_train.upscaler import open_upscaler
+from tests.support.process import free_ports
 from tests.support.sweeps import (
     BATCH,
     GRACE_PATCHES,
@@ -323,3 +326,36 @@ def test_one_whose_last_validation_was_the_interrupted_one_finishes(sweep: Sweep
     told = Told()
     record = tried(sweep, report=told)
     assert (record.status, seen(told.records)) == ("finished", VALIDATIONS)
+
+
+def test_a_driver_that_lost_the_sweep_writes_no_result(sweep: SweepPlan) -> None:
+    store = open_store(sweep.uri)
+    owner, validations = claim(store), Told()
+
+    def another_driver_comes(record: TrialRecord) -> bool:
+        if len(validations.records) == 1:
+            claim(store)
+        return validations(record)
+
+    with pytest.raises(StorageError, match="another driver has taken this sweep over"):
+        tried(sweep, report=another_driver_comes, owner=owner)
+    left = read_record(trial_store(sweep, "trial-1"))
+    assert left is not None and left.status == "running"
+    with pytest.raises(StorageError, match="another driver"):
+        tried(sweep, owner=owner)
+
+
+def test_one_is_trained_without_mlflow_where_that_is_away(sweep: SweepPlan, parent: RunHandle) -> None:
+    away = replace(parent, tracking_uri=f"http://127.0.0.1:{free_ports(1)[0]}")
+    record = tried(sweep, parent=away)
+    assert (record.status, record.mlflow_run) == ("finished", None)
+
+
+def test_one_whose_mlflow_run_is_gone_gets_another(sweep: SweepPlan, parent: RunHandle) -> None:
+    with pytest.raises(InterruptedError):
+        tried(sweep, parent=parent, report=Told(fail_at=1))
+    before = read_record(trial_store(sweep, "trial-1"))
+    assert before is not None
+    MlflowClient(parent.tracking_uri).delete_run(before.mlflow_run)
+    after = tried(sweep, parent=parent)
+    assert after.status == "finished" and after.mlflow_run not in (None, before.mlflow_run)

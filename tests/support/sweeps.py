@@ -146,9 +146,10 @@ def tried(
     donor: TrialRecord | None = None,
     parent: RunHandle | None = None,
     stream_pairs: StreamPairs = plain_pairs,
+    owner: str | None = None,
 ) -> TrialRecord:
     """`run_trial` in this process."""
-    task = TrialTask(sweep=sweep, stream_pairs=stream_pairs, parent=parent, facts={"git_sha": "abc"})
+    task = TrialTask(sweep=sweep, stream_pairs=stream_pairs, parent=parent, facts={"git_sha": "abc"}, owner=owner)
     return run_trial(task, name, sample, workers=workers or WorkersHere(), report=report or Told(), donor=donor)
 
 
