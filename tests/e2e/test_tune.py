@@ -84,7 +84,7 @@ def sweep(cluster: Cluster) -> Sweep:
         for name, value in cluster.s3.env.items():
             patch.setenv(name, value)
         job = cluster.start("sweep", *WHAT, "--num-trials", NUM_TRIALS)
-        job.wait_until_said(f"trial 4/{NUM_TRIALS}")
+        job.wait_until_said(f"trial 4/{NUM_TRIALS}", timeout_s=280)
         os.kill(job.driver_pid(), signal.SIGKILL)
         job.wait()
         store = open_store(f"{cluster.bucket}/sweeps/sweep")
@@ -161,11 +161,10 @@ def test_mlflow_shows_the_sweep_and_a_run_for_each_trial(cluster: Cluster, sweep
 
 def test_workers_are_started_once_for_many_trials(cluster: Cluster, sweep: Sweep) -> None:
     """Starting a group of workers takes ten seconds and more on two cores; a trial that finds one waiting does not."""
-    told = re.search(
-        r"start-up to a trial's first step: ([\d.]+) s \(median\), ([\d.]+) s \(longest", sweep.outcome.logs
-    )
-    assert told, sweep.outcome.logs
-    assert float(told[1]) < 0.5 * float(told[2])
+    assert "start-up to a trial's first step" in sweep.outcome.logs
+    with in_environment(cluster):
+        start_ups_s = sorted(record.seconds["start_up"] for record in known_trials(sweep.store))
+    assert start_ups_s[0] < 0.25 * start_ups_s[-1]
 
 
 def test_trials_of_two_workers_and_one_that_goes_non_finite(cluster: Cluster) -> None:
