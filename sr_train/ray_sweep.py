@@ -93,7 +93,6 @@ def run_sweep(task: TrialTask, *, on_record: Callable[[TrialRecord], None]) -> N
                 verbose=0,
                 callbacks=[listener],
                 failure_config=tune.FailureConfig(max_failures=sweep.base.config.run.max_failures),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
             ),
         )
         _fit_in_thread(tuner, listener, on_record)

@@ -36,6 +36,7 @@ WHAT = [
     *("--trial-patches", TRIAL_PATCHES, "--grace-patches", GRACE_PATCHES, "--validation.num-images", 4),
     *("--space.num-blocks", "1,2", "--space.num-channels", "8,16", "--schedule.warmup-patches", BATCH),
     *("--space.schedule.learning-rate", "1e-3..6e-3:log"),
+    *("--max-concurrent", 2),  # three groups of workers that start at once take two cores minutes
 ]
 
 
