@@ -33,8 +33,8 @@ from sr_train.tracking_server import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["RunHandle", "Status", "Tracker", "TrackingError", "check_tracking", "finish_run", "record_outcome",
-           "replay_spool", "resolve_tracking_uri", "run_facts", "start_run"]  # fmt: skip
+__all__ = ["RunHandle", "Status", "Tracker", "TrackingError", "check_tracking", "finish_run", "nested_run",
+           "record_outcome", "replay_spool", "resolve_tracking_uri", "run_facts", "start_run"]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,14 @@ def start_run(
         for path, text in texts.items():
             client.log_text(handle.run_id, text, path)
     return handle
+
+
+def nested_run(parent: RunHandle, run_name: str) -> str | None:
+    """Id of the run of that name in `parent`, if there is one. Raises TrackingError."""
+    with as_tracking_error(parent.tracking_uri):
+        query = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.run_name = '{run_name}'"
+        found = connect(parent.tracking_uri).search_runs([parent.experiment_id], query, max_results=1)
+        return str(found[0].info.run_id) if found else None
 
 
 def record_outcome(run: RunHandle, *, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:

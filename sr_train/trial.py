@@ -24,7 +24,7 @@ from sr_train.plan import Plan
 from sr_train.ray_workers import TrainingFailedError, Workers
 from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, OWNER_KEY, checkpoint_store, claim
 from sr_train.sweep_plan import TRIAL_KEY, SweepPlan, cost_of, trial_plan, trials_uri
-from sr_train.tracking import RunHandle, finish_run, replay_spool, start_run
+from sr_train.tracking import RunHandle, finish_run, nested_run, replay_spool, start_run
 from sr_train.tracking_server import TrackingError
 from sr_train.training_space import canonical
 from sr_train.trial_record import Point, Sample, TrialRecord, record_from_json, record_to_json
@@ -260,11 +260,13 @@ class _Training:
             texts={},
             parent_run_id=parent.run_id,
         )
-        if self._record.mlflow_run is not None:
-            try:
-                return begin(run_id=self._record.mlflow_run)
-            except TrackingError as error:
-                logger.warning("%s has a new run in MLflow, the earlier one is gone: %s", self._record.name, error)
+        try:
+            # A driver that is killed may leave a run that no record names yet.
+            known = self._record.mlflow_run or nested_run(parent, self._record.name)
+            if known is not None:
+                return begin(run_id=known)
+        except TrackingError as error:
+            logger.warning("the earlier run of %s in MLflow is gone: %s", self._record.name, error)
         try:
             return begin()
         except TrackingError as error:

@@ -359,3 +359,18 @@ def test_one_whose_mlflow_run_is_gone_gets_another(sweep: SweepPlan, parent: Run
     MlflowClient(parent.tracking_uri).delete_run(before.mlflow_run)
     after = tried(sweep, parent=parent)
     assert after.status == "finished" and after.mlflow_run not in (None, before.mlflow_run)
+
+
+def test_a_run_that_a_killed_driver_began_but_did_not_write_down_is_gone_on_with(
+    sweep: SweepPlan, parent: RunHandle
+) -> None:
+    begun = start_run(
+        tracking_uri=parent.tracking_uri,
+        experiment="sweeps",
+        run_name="trial-1",
+        params={},
+        tags={},
+        texts={},
+        parent_run_id=parent.run_id,
+    )
+    assert tried(sweep, parent=parent).mlflow_run == begun.run_id
