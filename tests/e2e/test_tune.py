@@ -137,7 +137,6 @@ def test_the_winner_is_registered_and_upscales(
         best.psnr_db, abs=1e-4
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", cluster.mlflow.uri)
-    mlflow.set_registry_uri(cluster.mlflow.uri)
     model = mlflow.pyfunc.load_model(f"models:/{MODEL}@challenger")
     with Image.open(shared_data / "Set5" / "LR_bicubic" / "X2" / "butterflyx2.png") as image:
         lr_NHWC = np.asarray(image.convert("RGB"))[None]
