@@ -6,7 +6,7 @@ UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 INSTALL = UV_HTTP_TIMEOUT=300 $(UV) pip install --quiet --python $(BIN)/python
 COMPILE = uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 	--custom-compile-command "make lock"
-TYPED := sr_data sr_models sr_train pipelines
+TYPED := sr_data sr_models sr_serve sr_train pipelines
 BENCHMARKS := patch_pool training_step pipeline_overhead whole_pipeline decoding inference basicsr_feed
 DIR ?= build/benchmarks
 

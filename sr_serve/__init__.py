@@ -1,0 +1,1 @@
+"""What becomes of a trained model: scored, compared, promoted, imported, applied to many images, served."""
