@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from tests.support.mlflow_server import MlflowServer, start_mlflow
 from tests.support.perceptual import save_random_features
 from tests.support.ray_head import RayHead, start_ray_head
 from tests.support.s3 import S3Server, missing_ceph_programs, start_moto, start_rgw
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 REPO = Path(__file__).resolve().parent.parent
 FOREIGN_SETTINGS = ("AWS_", "MLFLOW_", "RAY_", "S3_ENDPOINT")
@@ -122,6 +126,27 @@ def ray_head() -> Iterator[RayHead]:
         head = start_ray_head(Path(folder))
         yield head
         head.child.stop()
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """A headless Chromium of this test's own; SR_EXPECT_BROWSER=1 makes its absence a failure.
+
+    Not shared between tests, though starting it takes a second: as long as Playwright's synchronous interface is open,
+    its event loop counts as running in this thread, and asyncio, Ray Serve and Playwright refuse to start another.
+    """
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        _absent("no Chromium on the PATH (Debian: chromium)", "SR_EXPECT_BROWSER")
+    from playwright.sync_api import sync_playwright  # here, because most tests need no browser
+
+    with sync_playwright() as playwright:
+        # Without a sandbox: containers do not let Chromium make one, and what it opens here is our own.
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        try:
+            yield chromium
+        finally:
+            chromium.close()
 
 
 @pytest.fixture(scope="session")
