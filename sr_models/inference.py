@@ -1,4 +1,4 @@
-"""A network applied to a whole uint8 image: in tiles, so that memory is bounded, and optionally as a self-ensemble."""
+"""A network applied to whole images: in tiles, so that memory is bounded, and optionally as a self-ensemble."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from sr_models.errors import ModelError
 from sr_models.network import SRNetwork
 
-ImageHWC: TypeAlias = Tensor | NDArray[np.uint8]
-"""uint8 RGB H×W×3: a tensor on any device, or an array."""
+ImageHWC: TypeAlias = Tensor | NDArray[np.uint8] | NDArray[np.uint16]
+"""uint8 RGB H×W×3, or what a docstring says: a tensor on any device, or an array."""
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
+
+_MAX_LEVEL = {torch.uint8: 255.0, torch.uint16: 65535.0}
 
 
 def upscale_image(
@@ -40,23 +42,43 @@ def upscale_tensor(
     self_ensemble: bool = False,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
-    """uint8 RGB H×W×3, wherever it is → uint8 RGB sH×sW×3 where the model is, clamped and rounded to nearest.
+    """`upscale_batch` of one image H×W×3."""
+    if lr_HWC.ndim != 3:
+        raise ModelError(f"an image must be uint8 or uint16 of shape (height, width, 3), not {describe(lr_HWC)}")
+    images_NHWC = as_tensor(lr_HWC).unsqueeze(0)
+    return upscale_batch(model, images_NHWC, tile_px_lr=tile_px_lr, self_ensemble=self_ensemble, autocast=autocast)[0]
+
+
+def upscale_batch(
+    model: nn.Module,
+    lr_NHWC: ImageHWC,
+    *,
+    tile_px_lr: int = 192,
+    self_ensemble: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """uint8 or uint16 RGB N×H×W×3, wherever it is → RGB N×sH×sW×3 of that dtype where the model is, clamped and
+    rounded to nearest.
 
     Computed in the model's dtype; `autocast=torch.bfloat16` lets convolutions round to that dtype, for speed. Nothing
-    here waits for a GPU; an LR image in pinned memory must be left alone until it was read.
+    here waits for a GPU; LR images in pinned memory must be left alone until they were read.
 
-    The image is cut into tiles of at most `tile_px_lr` square; each is run with a border as wide as the network can see
+    Images are cut into tiles of at most `tile_px_lr` square; each is run with a border as wide as the network can see
     (`receptive_radius_px_lr`), which is then cut off, so the result is that of the whole image up to float rounding.
     Borders cost time: EDSR baseline x4 took 510x339 px in 75 s and 0.5 GiB at 192, in 39 s and 1.6 GiB as one tile (2
     CPU cores). `self_ensemble` averages over the eight flips and quarter turns (EDSR, "Geometric self-ensemble"): eight
     times the work. The model's training mode is left as it was.
 
-    ModelError if the image or the tile size is not as it must be.
+    ModelError if the images or the tile size are not as they must be.
     """
     if not isinstance(model, SRNetwork):
         raise ModelError(f"{type(model).__name__} is not a network of sr_models; of a wrapper, pass what it wraps")
-    if not is_rgb_uint8(lr_HWC) or 0 in lr_HWC.shape:
-        raise ModelError(f"an image must be uint8 of shape (height, width, 3), not {describe(lr_HWC)}")
+    lr_NHWC = as_tensor(lr_NHWC)
+    if lr_NHWC.dtype not in _MAX_LEVEL or lr_NHWC.ndim != 4 or lr_NHWC.shape[3] != 3 or 0 in lr_NHWC.shape:
+        raise ModelError(
+            f"images must be uint8 or uint16 of shape (number, height, width, 3), or one without number, "
+            f"not {describe(lr_NHWC)}"
+        )
     if tile_px_lr < 1:
         raise ModelError(f"tile_px_lr={tile_px_lr} must be at least 1")
     parameter = next(model.parameters())
@@ -64,29 +86,29 @@ def upscale_tensor(
     # What tensor cores take. A CPU is faster with it too (1.1 to 1.8 times), but adds in another order: 6 of 405,000
     # levels of a small EDSR's image came out one apart, 10⁻⁶ dB, and a score is to be met again to the last digit.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    height, width, _ = lr_HWC.shape
-    scale, halo = model.config.scale, model.receptive_radius_px_lr
-    lr_HWC = as_tensor(lr_HWC).to(device, non_blocking=True)
-    sr_HWC = torch.empty((scale * height, scale * width, 3), dtype=torch.uint8, device=device)
+    number, height, width, _ = lr_NHWC.shape
+    scale, halo, max_level = model.config.scale, model.receptive_radius_px_lr, _MAX_LEVEL[lr_NHWC.dtype]
+    lr_NHWC = lr_NHWC.to(device, non_blocking=True)
+    sr_NHWC = torch.empty((number, scale * height, scale * width, 3), dtype=lr_NHWC.dtype, device=device)
     with (
         torch.inference_mode(),
         torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         _evaluation_mode(model),
         _no_search_for_algorithms(),
     ):
-        for y, top, bottom in _windows(height, tile_px_lr, halo):
-            for x, left, right in _windows(width, tile_px_lr, halo):
-                lr_NCHW = lr_HWC[y, x].permute(2, 0, 1).unsqueeze(0).to(dtype, memory_format=layout) / 255.0
+        for y, top, bottom in windows(height, tile_px_lr, halo):
+            for x, left, right in windows(width, tile_px_lr, halo):
+                lr_NCHW = lr_NHWC[:, y, x].permute(0, 3, 1, 2).to(dtype, memory_format=layout) / max_level
                 sr_NCHW = _mean_over_dihedral(model, lr_NCHW) if self_ensemble else model(lr_NCHW)
-                tile_CHW = sr_NCHW[
-                    0,
+                tile_NCHW = sr_NCHW[
+                    :,
                     :,
                     scale * (top - y.start) : scale * (bottom - y.start),
                     scale * (left - x.start) : scale * (right - x.start),
                 ]
-                levels_CHW = (tile_CHW * 255.0).round_().clamp_(0.0, 255.0).to(torch.uint8)
-                sr_HWC[scale * top : scale * bottom, scale * left : scale * right] = levels_CHW.permute(1, 2, 0)
-    return sr_HWC
+                levels_NCHW = (tile_NCHW * max_level).round_().clamp_(0.0, max_level).to(lr_NHWC.dtype)
+                sr_NHWC[:, scale * top : scale * bottom, scale * left : scale * right] = levels_NCHW.permute(0, 2, 3, 1)
+    return sr_NHWC
 
 
 def placed(model: NetworkT, device: torch.device) -> NetworkT:
@@ -113,7 +135,7 @@ def describe(image_HWC: ImageHWC) -> str:
     return f"{str(image_HWC.dtype).removeprefix('torch.')} {tuple(image_HWC.shape)}"
 
 
-def _windows(size: int, limit: int, halo: int) -> Iterator[tuple[slice, int, int]]:
+def windows(size: int, limit: int, halo: int) -> Iterator[tuple[slice, int, int]]:
     """Along one axis: windows to run the network on, and what is kept of each (start, stop); the parts cover `size`.
 
     As few windows as there must be if what is kept of one without the halo on both sides is at most `limit`. All are of

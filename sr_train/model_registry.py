@@ -1,11 +1,10 @@
 """The MLflow registered model: a folder of weights becomes a version that works without this project's checkout.
 
 What is registered holds the weights, a copy of the package `sr_models`, the versions of the few libraries it needs, and
-a signature: uint8 RGB images of any size in, uint8 RGB images out. Nothing in it is pickled.
+its parameters: images of any size, or encoded files, in, the same kind of thing out. Nothing in it is pickled.
 """
 
 import hashlib
-import inspect
 import json
 import logging
 import shutil
@@ -25,7 +24,7 @@ import sr_models
 from sr_data.decode import encode_png
 from sr_models.architectures import architecture_name, config_to_dict
 from sr_models.errors import ModelError
-from sr_models.inference import upscale_image
+from sr_models.upscaling import PREDICT_DEFAULTS
 from sr_models.weights import WEIGHTS_FILE, load_config
 from sr_train.tracking import RunHandle
 from sr_train.tracking_server import as_tracking_error, check_tracking, connect
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import Model
 
-PACKAGES = ("mlflow", "numpy", "pillow", "safetensors", "torch")
+PACKAGES = ("mlflow", "numpy", "opencv-python-headless", "pillow", "safetensors", "torch")
 """What a registered model needs to run (MLflow loads it, the rest is imported by `sr_models`)."""
 WEIGHTS_TAG = "weights_sha256"
 NOT_PROMOTABLE_TAG = "not_promotable"
@@ -164,12 +163,12 @@ def pack_model(folder: Path, target: Path, *, description: "Model | None" = None
     """
     from mlflow.models import ModelSignature
     from mlflow.pyfunc import save_model
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types import ParamSchema, ParamSpec
 
-    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
-    defaults = inspect.signature(upscale_image).parameters
-    types = {"tile_px_lr": "long", "self_ensemble": "boolean"}
-    options = ParamSchema([ParamSpec(key, dtype, defaults[key].default) for key, dtype in types.items()])
+    # No schema of the input: one of MLflow's can't say "an array, or files". The model checks what it is given itself,
+    # and its parameters are here.
+    types: dict[type, str] = {bool: "boolean", int: "long", float: "double", str: "string"}
+    options = ParamSchema([ParamSpec(key, types[type(value)], value) for key, value in PREDICT_DEFAULTS.items()])
     package = Path(sr_models.__file__).parent
     with tempfile.TemporaryDirectory(prefix="sr-code-") as scratch, _import_path_kept(), _no_advice():
         code = Path(scratch) / package.name
@@ -182,7 +181,7 @@ def pack_model(folder: Path, target: Path, *, description: "Model | None" = None
             pip_requirements=[
                 f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES
             ],  # no "+cpu" build tags
-            signature=ModelSignature(inputs=images, outputs=images, params=options),
+            signature=ModelSignature(params=options),
             mlflow_model=description,
         )
 

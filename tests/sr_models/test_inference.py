@@ -9,7 +9,7 @@ import torch
 from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.errors import ModelError
-from sr_models.inference import _windows, as_tensor, placed, upscale_image, upscale_tensor
+from sr_models.inference import as_tensor, placed, upscale_batch, upscale_image, upscale_tensor, windows
 from sr_models.network import SRNetwork
 
 
@@ -80,11 +80,11 @@ def test_memory_is_bounded_and_all_tiles_of_an_image_have_one_shape(height, widt
 
 def test_tiles_are_of_one_length_and_what_is_kept_of_them_covers_the_image_outside_the_halo():
     for size, limit, halo in itertools.product(range(1, 70), (1, 2, 7, 16), (0, 1, 5)):
-        windows = list(_windows(size, limit, halo))
-        assert len({window.stop - window.start for window, _, _ in windows}) == 1
-        assert [first for _, first, _ in windows] == [0, *(last for _, _, last in windows[:-1])]
-        assert windows[-1][2] == size
-        for window, first, last in windows:
+        parts = list(windows(size, limit, halo))
+        assert len({window.stop - window.start for window, _, _ in parts}) == 1
+        assert [first for _, first, _ in parts] == [0, *(last for _, _, last in parts[:-1])]
+        assert parts[-1][2] == size
+        for window, first, last in parts:
             assert 0 <= window.start < window.stop <= size
             assert window.stop - window.start <= limit + 2 * halo
             assert first < last
@@ -208,7 +208,7 @@ def test_self_ensemble_is_the_mean_of_eight_runs():
     "image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), photo(0, 4)]
 )
 def test_other_images_are_refused(image):
-    with pytest.raises(ModelError, match="must be uint8 of shape"):
+    with pytest.raises(ModelError, match="must be uint8 or uint16 of shape"):
         upscale_image(tiny_model(), image)
 
 
@@ -217,3 +217,19 @@ def test_wrong_tiles_and_wrapped_networks_are_refused():
         upscale_image(tiny_model(), photo(4, 4), tile_px_lr=0)
     with pytest.raises(ModelError, match="Sequential is not a network of sr_models"):
         upscale_image(torch.nn.Sequential(tiny_model()), photo(4, 4))
+
+
+@pytest.mark.parametrize("options", [{}, {"tile_px_lr": 5}, {"self_ensemble": True}])
+def test_a_batch_gives_what_its_images_give(options):
+    model, images_NHWC = tiny_model(), np.stack([photo(11, 9), photo(11, 9)[::-1]])
+    together = upscale_batch(model, images_NHWC, **options).numpy().astype(int)
+    for one, image_HWC in zip(together, images_NHWC, strict=True):
+        assert np.abs(one - upscale_image(model, image_HWC, **options)).max() <= 1, "rounding apart"
+
+
+def test_16_bits_keep_what_8_would_round_away():
+    model = Recorder()  # repeats pixels
+    lr_HWC = np.arange(4 * 5 * 3, dtype=np.uint16).reshape(4, 5, 3) + 40_000
+    sr_HWC = upscale_image(model, lr_HWC)
+    assert sr_HWC.dtype == np.uint16
+    assert np.array_equal(sr_HWC, lr_HWC.repeat(2, axis=0).repeat(2, axis=1))

@@ -36,7 +36,7 @@ outcome = {"large": list(model.predict(large).shape)}
 np.save(result_path, model.predict(small[None]))
 ensemble = model.predict(small[None], params={"self_ensemble": True, "tile_px_lr": 8})
 outcome["ensemble"] = [str(ensemble.dtype), list(ensemble.shape)]
-for wrong in (small[None].astype(np.float32), small[None, ..., :1], small):
+for wrong in (small[None].astype(np.float32), small[None, ..., :1], small[0], 'not base64 of an image'):
     try:
         model.predict(wrong)
         outcome.setdefault("refused", []).append("")
