@@ -59,7 +59,7 @@ def test_alpha_is_as_torch_interpolates_it_whatever_the_bands(dtype, monkeypatch
     assert np.abs(in_bands.astype(int) - whole).max() <= np.iinfo(dtype).max // 65535, "float32's rounding, of 16 bits"
     resized = Image.fromarray(alpha_HW.astype(np.float32)).resize((27, 210), Image.Resampling.BICUBIC)  # Pillow: a=-0.5
     expected = np.clip(np.asarray(resized), 0, np.iinfo(dtype).max)
-    assert np.abs(whole - expected).max() <= 0.51
+    assert np.abs(whole - expected).max() <= 0.51 + 1e-5 * np.iinfo(dtype).max, "float32 weights"
 
 
 def test_what_is_opaque_stays_opaque():
