@@ -23,7 +23,8 @@ from sr_data.resize import crop_to_multiple, downscale_bicubic, upscale_bicubic
 from sr_data.storage import Store, open_store
 from sr_train.cli import exit_with
 from sr_train.metrics import PAPERS_PROTOCOL, ImageScore, MetricError, protocol_named, score_image
-from sr_train.score_report import check_scores_writable, score_table, write_scores
+from sr_train.score_report import ScoreRow, check_scores_writable, score_table, write_scores
+from sr_train.upscaler import BICUBIC
 from sr_train.validation import mean_score
 
 
@@ -77,9 +78,9 @@ def score(options: Options) -> None:
             )
     set_name = sr_store.uri.rpartition("/")[2]
     total, baseline = (mean_score(set_name, options.scale, options.protocol, images) for images in (scores, bicubic))
-    print(score_table(options.sr, [total], [baseline]))
+    print(score_table([ScoreRow(label=options.sr, score=total), ScoreRow(label=BICUBIC, score=baseline)], baseline))
     if options.json is not None:
-        write_scores(options.json, [total])
+        write_scores(options.json, [total.to_json_dict()])
 
 
 def pair_by_name(sr_store: Store, hr_store: Store, scale: int) -> list[tuple[str, str, str]]:
