@@ -1,0 +1,63 @@
+"""Upscale images with a trained model: one file, or all below a folder or URI prefix.
+
+    python pipelines/upscale_images.py models:/edsr-x4@champion photo.jpg larger/
+    python pipelines/upscale_images.py models:/edsr-x4@champion s3://bucket/photos s3://bucket/photos-x4
+
+Many images are shared among the actors of a Ray cluster: the one that RAY_ADDRESS names, or one that is started here.
+Give the same command again after an interruption: what is finished is not made again.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from sr_serve.upscale_options import UpscaleOptions
+from sr_serve.upscale_plan import UpscaleError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """The command line."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A checkpoint (….safetensors), a saved model's folder, models:/name@alias or models:/name/version."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """An image, a folder or a URI prefix (s3://bucket/photos); folders in it are kept."""
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    """An image file, a folder or a URI prefix."""
+    how: Annotated[UpscaleOptions, tyro.conf.arg(name="")] = field(default_factory=UpscaleOptions)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Exits with 1 if some images could not be upscaled, with 2 and a message on what else the user can mend."""
+    try:
+        options = tyro.cli(
+            Options,
+            args=list(arguments),
+            prog="upscale_images.py",
+            description=__doc__,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except UpscaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    # After the flags, which should not wait 2 s for PyTorch.
+    from sr_serve.upscale_run import USER_ERRORS, upscale
+    from sr_train.cli import exit_with
+
+    try:
+        failures = upscale(options.model, options.source, options.target, options.how)
+    except USER_ERRORS as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,311 @@
+"""Upscaling one image, or all images below a URI: what is checked before, who does it, what is said after."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from sr_data.errors import StorageError
+from sr_data.storage import FileEntry, Store, open_store, split_uri
+from sr_models.architectures import architecture_name, config_to_dict
+from sr_models.errors import ModelError
+from sr_models.image_file import target_name
+from sr_models.inference import placed
+from sr_models.network import SRNetwork
+from sr_serve.upscale_options import UpscaleOptions
+from sr_serve.upscale_plan import (
+    FAILED_KEY,
+    FORMAT_FLAGS,
+    RECORD_KEY,
+    Image,
+    Plan,
+    Recipe,
+    UpscaleError,
+    check_apart,
+    make_plan,
+    read_record,
+    target_format,
+)
+from sr_serve.upscale_progress import UpscaleProgress
+from sr_serve.upscale_worker import OVERLAP, ImageMaker, Work
+from sr_train.checkpoint import CheckpointError
+from sr_train.options import ConfigError
+from sr_train.tracking_server import TrackingError
+from sr_train.upscaler import UpscalerError, open_network
+
+USER_ERRORS = (UpscaleError, StorageError, ModelError, CheckpointError, ConfigError, UpscalerError, TrackingError)
+"""What `upscale` raises, and the user can mend."""
+_DELETING_THREADS = 16
+_LISTED = 20
+
+
+Failures = dict[str, str]
+"""Key of a bad image → what is wrong with it."""
+
+
+def upscale(model: str, source: str, target: str, options: UpscaleOptions) -> Failures:
+    """Upscales SOURCE to TARGET with MODEL, shows how far it is, prints what was done.
+
+    UpscaleError, StorageError, and what `open_network` and `sr_train.ray_cluster.connect` raise, say what the user can
+    mend.
+    """
+    if (file := _as_file(source)) is not None:
+        return _upscale_file(model, *file, target, options)
+    return _upscale_folder(model, open_store(source), target, options)
+
+
+def _upscale_file(model: str, store: Store, key: str, target: str, options: UpscaleOptions) -> Failures:
+    """In this process, without Ray."""
+    target_store, target_key, written_as = _file_target(target, key, options.format)
+    target_uri = target_store.uri_of(target_key)
+    if _real(target_uri) == _real(store.uri_of(key)):
+        raise UpscaleError(f"{target_uri}: TARGET is SOURCE")
+    if not options.overwrite and target_store.exists(target_key):
+        raise UpscaleError(f"{target_uri}: is there already; choose another TARGET, or replace it with --overwrite")
+    network = open_network(_fixed(model, options.tracking_uri), tracking_uri=options.tracking_uri)
+    device = _local_device(options.device)
+    if options.dry_run:
+        print(f"would upscale {store.uri_of(key)} x{network.config.scale} to {target_uri}")
+        return {}
+    work = _work(options, written_as, source_uri=store.uri, target_uri=target_store.uri)
+    reason = ImageMaker(placed(network, device), work).make(Image(key=key, target_key=target_key))
+    if reason is not None:
+        print(f"not upscaled: {reason}")
+        return {key: reason}
+    print(target_uri)
+    return {}
+
+
+def _upscale_folder(model: str, source: Store, target: str, options: UpscaleOptions) -> Failures:
+    store = open_store(target)
+    check_apart(_real(source.uri), _real(store.uri))
+    if "://" not in store.uri and Path(store.uri).is_file():
+        raise UpscaleError(f"{target}: is a file, and SOURCE is a folder (TARGET)")
+    sources = source.list()
+    if not sources:
+        raise UpscaleError(f"{source.uri}: there is no such file, and no file below it (SOURCE)")
+    fixed = _fixed(model, options.tracking_uri)
+    network = open_network(fixed, tracking_uri=options.tracking_uri)
+    existing = store.list()
+    plan = _plan(network, fixed, source, sources, store, existing, options)
+    print(_announcement(plan, store, options), flush=True)
+    if options.dry_run:
+        return {}
+    started_s = time.monotonic()
+    _prepare(store, plan)
+    failures = _make_all(network, plan, source, store, options)
+    _write_failures(store, failures, {entry.key for entry in existing})
+    print(_summary(plan, store, failures, time.monotonic() - started_s))
+    return failures
+
+
+def _plan(
+    network: SRNetwork,
+    model: str,
+    source: Store,
+    sources: Sequence[FileEntry],
+    target: Store,
+    existing: Sequence[FileEntry],
+    options: UpscaleOptions,
+) -> Plan:
+    recorded = None
+    if any(entry.key == RECORD_KEY for entry in existing):
+        try:
+            recorded = read_record(target.read_text(RECORD_KEY), uri=target.uri_of(RECORD_KEY))
+        except UpscaleError:
+            if not options.overwrite:
+                raise
+    recipe = Recipe(
+        model_sha256=network_digest(network),
+        scale=network.config.scale,
+        self_ensemble=options.self_ensemble,
+        precision=options.precision,
+        format=options.format,
+        source=source.uri,
+    )
+    return make_plan(
+        sources,
+        existing,
+        recipe=recipe,
+        model=model,
+        target_uri=target.uri,
+        recorded=recorded,
+        overwrite=options.overwrite,
+    )
+
+
+def _prepare(target: Store, plan: Plan) -> None:
+    """In this order, so that a run that is killed here leaves nothing that counts as finished and is not."""
+    with ThreadPoolExecutor(_DELETING_THREADS, "delete") as threads:
+        list(threads.map(target.delete, plan.outdated))
+    if plan.todo:
+        target.write(RECORD_KEY, plan.record.to_json().encode())
+
+
+def _make_all(network: SRNetwork, plan: Plan, source: Store, target: Store, options: UpscaleOptions) -> Failures:
+    if not plan.todo:
+        return {}
+    work = _work(options, FORMAT_FLAGS[options.format], source_uri=source.uri, target_uri=target.uri)
+    failures: Failures = {}
+
+    def on_result(key: str, reason: str | None) -> None:
+        if reason is not None:
+            failures[key] = reason
+        progress.one_more(is_bad=reason is not None)
+
+    if options.num_actors == 0 or len(plan.todo) == 1:
+        device = _local_device(options.device)
+        progress = UpscaleProgress(len(plan.todo))
+        try:
+            _make_here(ImageMaker(placed(network, device), work), plan.todo, on_result)
+        finally:
+            progress.close()
+        return failures
+    # Here: Ray takes 3 s to import, and one image needs none of it.
+    from sr_serve.actor_pool import size_pool
+    from sr_serve.ray_upscale import make_on_cluster
+    from sr_train.ray_cluster import cluster_facts, connect
+
+    connect()
+    pool = size_pool(
+        cluster_facts(),
+        len(plan.todo),
+        device=options.device,
+        num_actors=options.num_actors,
+        gpus_per_actor=options.gpus_per_actor,
+        cpus_per_actor=options.cpus_per_actor,
+    )
+    print(f"starting {pool}", flush=True)
+    progress = UpscaleProgress(len(plan.todo))
+    try:
+        make_on_cluster(network, plan.todo, work, pool, on_result)
+    finally:
+        progress.close()
+    return failures
+
+
+def _make_here(maker: ImageMaker, images: Sequence[Image], on_result: Callable[[str, str | None], None]) -> None:
+    """With a few threads, so that images are fetched and stored while others are computed."""
+    with ThreadPoolExecutor(1 + OVERLAP, "upscale") as threads:
+        under_way = {threads.submit(maker.make, image): image for image in images}
+        try:
+            for future in as_completed(under_way):
+                on_result(under_way[future].key, future.result())
+        except BaseException:  # also on Ctrl-C: what has not begun is not begun
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def network_digest(network: SRNetwork) -> str:
+    """16 hex digits over architecture, config and weights, wherever the network came from."""
+    config = network.config
+    digest = hashlib.sha256(json.dumps([architecture_name(config), config_to_dict(config)], sort_keys=True).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _as_file(uri: str) -> tuple[Store, str] | None:
+    """SOURCE as (store, key) if it is a file."""
+    open_store(uri)  # says what is wrong with the URI
+    if uri.endswith("/"):
+        return None
+    try:
+        store, key = split_uri(uri)
+    except StorageError:  # a whole bucket
+        return None
+    return (store, key) if store.exists(key) else None
+
+
+def _file_target(target: str, source_key: str, format_flag: str) -> tuple[Store, str, str | None]:
+    """Where one image goes: (store, key, format). A TARGET without a suffix, or that is a folder, is a folder."""
+    store = open_store(target)
+    is_folder = "://" not in store.uri and Path(store.uri).is_dir()
+    if is_folder or target.endswith("/") or not PurePosixPath(store.uri).suffix:
+        return store, target_name(source_key, FORMAT_FLAGS[format_flag]), FORMAT_FLAGS[format_flag]
+    store, key = split_uri(target)
+    return store, key, target_format(key, format_flag)
+
+
+def _real(uri: str) -> str:
+    """A path without links; other URIs as they are."""
+    return uri if "://" in uri else os.path.realpath(uri)
+
+
+def _fixed(model: str, tracking_uri: str | None) -> str:
+    """models:/name@alias → models:/name/version: all that comes after speaks of one model, and the record names it."""
+    name, at, alias = model.removeprefix("models:/").partition("@")
+    if not model.startswith("models:/") or not at:
+        return model
+    from sr_train.model_registry import version_at
+    from sr_train.tracking_server import resolve_tracking_uri
+
+    version = version_at(resolve_tracking_uri(tracking_uri), name, alias)
+    return f"models:/{name}/{version}" if version is not None else model  # opening it says what is missing
+
+
+def _local_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UpscaleError(f"--device {name}: is no device; allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UpscaleError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _work(options: UpscaleOptions, written_as: str | None, *, source_uri: str, target_uri: str) -> Work:
+    return Work(
+        source_uri=source_uri,
+        target_uri=target_uri,
+        format=written_as,
+        max_mpx=options.max_mpx,
+        tile_px_lr=options.tile_px_lr,
+        self_ensemble=options.self_ensemble,
+        precision=options.precision,
+    )
+
+
+def _announcement(plan: Plan, target: Store, options: UpscaleOptions) -> str:
+    recipe = plan.record.recipe
+    verb = "would upscale" if options.dry_run else "upscaling"
+    lines = [f"{verb} {len(plan.todo)} images x{recipe.scale}: {recipe.source} → {target.uri}"]
+    lines.append(f"  model     {plan.record.model} ({recipe.model_sha256})")
+    if plan.num_finished:
+        lines.append(f"  finished  {plan.num_finished} images, which are left as they are")
+    if plan.outdated:
+        why = "to be made anew" if options.overwrite else "whose source has changed since"
+        lines.append(f"  deleted   {len(plan.outdated)} images {why}")
+    if plan.num_ignored:
+        lines.append(f"  ignored   {plan.num_ignored} files that are no images by their names")
+    return "\n".join(lines)
+
+
+def _write_failures(target: Store, failures: Failures, existing: set[str]) -> None:
+    if failures:
+        text = json.dumps(dict(sorted(failures.items())), indent=1, ensure_ascii=False)
+        target.write(FAILED_KEY, f"{text}\n".encode())
+    elif FAILED_KEY in existing:
+        target.delete(FAILED_KEY)
+
+
+def _summary(plan: Plan, target: Store, failures: Failures, elapsed_s: float) -> str:
+    num_made = len(plan.todo) - len(failures)
+    num_there, num_all = num_made + plan.num_finished, len(plan.todo) + plan.num_finished
+    lines = [f"{target.uri}: {'complete, ' if not failures else ''}{num_there} of {num_all} images"]
+    if plan.todo:
+        lines.append(f"  upscaled {num_made} in {elapsed_s:.1f} s ({num_made / max(elapsed_s, 1e-9):.3g} images/s)")
+    if failures:
+        lines.append(f"  {len(failures)} could not be upscaled ({target.uri_of(FAILED_KEY)}):")
+        lines += [f"    {reason}" for _, reason in sorted(failures.items())[:_LISTED]]
+    if len(failures) > _LISTED:
+        lines.append(f"    and {len(failures) - _LISTED} more")
+    return "\n".join(lines)
