@@ -9,6 +9,8 @@ COMPILE = uv pip compile --quiet --universal --generate-hashes --no-annotate --p
 TYPED := sr_data sr_models sr_serve sr_train pipelines
 BENCHMARKS := patch_pool training_step pipeline_overhead whole_pipeline decoding inference basicsr_feed
 DIR ?= build/benchmarks
+# Two test processes: half of a test's time is waiting for servers and clusters. The end-to-end tests come first, in one.
+TOGETHER := -n 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help run check lint test test-fast bench format lock clean
@@ -28,10 +30,10 @@ lint: .venv/.dev  ## formatting, lint, types, layers
 	$(BIN)/lint-imports
 
 test: .venv/.dev  ## all tests (ARGS="-k word" picks some)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
 test-fast: .venv/.dev  ## without the end-to-end tests
-	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+	$(BIN)/python -m pytest $(TOGETHER) -m "not e2e" $(ARGS)
 
 bench: .venv/.dev  ## all benchmarks, small on a CPU and full on CUDA; records in build/benchmarks (DIR=…; ARGS="--rounds 3")
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json $(DIR)/$$name.json $(ARGS) || exit 1; echo; done

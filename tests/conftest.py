@@ -7,11 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from xdist.scheduler import LoadFileScheduling
 
 from tests.support.mlflow_server import MlflowServer, start_mlflow
 from tests.support.perceptual import save_random_features
@@ -50,6 +51,20 @@ def pytest_configure() -> None:
             del os.environ[name]
     os.environ.update(SETTINGS)
     os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+class _FilesAndEndToEnd(LoadFileScheduling):
+    """A file's tests share its clusters and servers, so they stay together; all end-to-end tests run one after
+    another, because two at once would wait for each other's workers until their patience ends.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/e2e" if nodeid.startswith("tests/e2e/") else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _FilesAndEndToEnd:
+    """How `make test` shares the tests out over two processes."""
+    return _FilesAndEndToEnd(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,8 @@ IMPORT_ALL = """
 import importlib, json, logging, pkgutil, runpy, sys, threading
 from pathlib import Path
 repo = Path(sys.argv[1])
-names = [f"{p}.{m.name}" for p in ("sr_data", "sr_models", "sr_train") for m in pkgutil.iter_modules([str(repo / p)])]
+packages = ("sr_data", "sr_models", "sr_serve", "sr_train")
+names = [f"{p}.{m.name}" for p in packages for m in pkgutil.iter_modules([str(repo / p)])]
 skipped = {"sr_models.pyfunc"}  # models-from-code: MLflow runs it, and set_model() is its purpose
 for name in sorted(set(names) - skipped):
     importlib.import_module(name)
@@ -57,7 +58,7 @@ def direct_dependencies(repo: Path, *, dev: bool = True) -> set[str]:
 
 def third_party_imports(path: Path) -> Iterator[str]:
     """The top-level packages that a file imports anywhere, without Python's own and the project's."""
-    own = {"sr_data", "sr_models", "sr_train", "pipelines", "benchmarks", "tests"}
+    own = {"sr_data", "sr_models", "sr_serve", "sr_train", "pipelines", "benchmarks", "tests"}
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
             case ast.Import():
@@ -111,7 +112,7 @@ def test_every_direct_dependency_is_locked_and_has_its_reason(repo: Path) -> Non
 def test_every_import_is_a_direct_dependency(repo: Path) -> None:
     """What is installed by chance, or by another package, is gone on the next machine, or in the next version."""
     distributions = packages_distributions()
-    needed_to_run = {"sr_data", "sr_models", "sr_train", "pipelines"}
+    needed_to_run = {"sr_data", "sr_models", "sr_serve", "sr_train", "pipelines"}
     undeclared = {
         f"{path.relative_to(repo)}: {name}"
         for path in tracked_files(repo)
@@ -174,7 +175,7 @@ def test_the_architecture_names_every_module_and_no_other(repo: Path) -> None:
         folder = re.search(r"`(sr_\w+)/", row)
         for path in re.findall(r"`([\w/]+\.py)`", row):
             named.add(path if "/" in path or folder is None else f"{folder[1]}/{path}")
-    packages = ("sr_data", "sr_models", "sr_train")
+    packages = ("sr_data", "sr_models", "sr_serve", "sr_train")
     modules = {path.relative_to(repo).as_posix() for name in packages for path in (repo / name).glob("[!_]*.py")}
     assert named == modules
 
