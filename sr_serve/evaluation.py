@@ -22,11 +22,8 @@ from sr_data.pairs import DecodedPair, load_pair
 from sr_data.storage import open_store
 from sr_models.inference import placed, upscale_tensor
 from sr_train.metrics import ImageScore, MetricError, protocol_named, score_image, smallest_side_px
-from sr_train.model_registry import version_at
 from sr_train.score_report import ScoreRow, gain_db, score_table
-from sr_train.tracking_server import resolve_tracking_uri
-from sr_train.upscaler import BICUBIC, REGISTRY_PREFIX, Upscaler, UpscalerError, open_network, open_upscaler
-from sr_train.upscaler import _device as device_named
+from sr_train.upscaler import BICUBIC, Upscaler, UpscalerError, device_named, open_network, open_upscaler, pinned
 from sr_train.validation import SetScore, mean_score
 
 CSV_COLUMNS = (
@@ -35,7 +32,6 @@ CSV_COLUMNS = (
 )
 _FLAG_OF_TRAINING = r"--(?:data|validation)\.[\w-]+(?: \(--source of [\w.]+\))?"
 _FLAGS_OF_TRAINING = re.compile(f"{_FLAG_OF_TRAINING}(?:, {_FLAG_OF_TRAINING})*")
-_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,15 +163,19 @@ def open_models(
     for name in names:
         if name == BICUBIC:
             continue
-        pinned, registered = _pinned(name, tracking_uri)
-        network = open_network(pinned, tracking_uri=tracking_uri)
+        by_version, registered = pinned(name, tracking_uri=tracking_uri)
+        network = open_network(by_version, tracking_uri=tracking_uri)
         scale = network.config.scale
         if scales and scale not in scales:
             asked = " or ".join(f"x{asked}" for asked in scales)
             raise UpscalerError(f"{name}: is an x{scale} model, not {asked} (--scale)")
         upscale = partial(upscale_tensor, placed(network, target), self_ensemble=self_ensemble, tile_px_lr=tile_px_lr)
         upscaler = Upscaler(name=name, scale=scale, upscale_tensor=upscale)
-        opened = OpenModel(upscaler=upscaler, registered=registered, self_ensemble=self_ensemble)
+        opened = OpenModel(
+            upscaler=upscaler,
+            registered=None if registered is None else (registered.name, registered.version),
+            self_ensemble=self_ensemble,
+        )
         found.setdefault(scale, []).append(opened)
     if not found:
         raise UpscalerError(f"{BICUBIC}: has no scale of its own; say which (--scale)")
@@ -287,19 +287,6 @@ def scores_csv(evaluations: Iterable[SetEvaluation]) -> str:
                 gain = gain_db(image.psnr_db, bicubic.psnr_db)
                 writer.writerow([*of_set, *of_model, image.name, image.psnr_db, image.ssim, gain])
     return text.getvalue()
-
-
-def _pinned(name: str, tracking_uri: str | None) -> tuple[str, tuple[str, str] | None]:
-    """MODEL by version where it was given by alias, which may move meanwhile; and the registered name and version."""
-    named = _REGISTERED.fullmatch(name)
-    if named is None:
-        return name, None
-    version = named["version"]
-    if version is None:
-        version = version_at(resolve_tracking_uri(tracking_uri), named["name"], named["alias"])
-        if version is None:
-            raise UpscalerError(f"{name}: there is no such model, or no version of it has this alias (--tracking-uri)")
-    return f"{REGISTRY_PREFIX}{named['name']}/{version}", (named["name"], version)
 
 
 def _read_set(uri: str, *, split: str, scale: int) -> Manifest:

@@ -28,6 +28,7 @@ from sr_models.inference import ImageHWC, as_tensor, placed, upscale_tensor
 from sr_models.network import SRNetwork
 from sr_models.weights import CONFIG_FILE, WEIGHTS_FILE, check_state, load_model
 from sr_train.checkpoint import inference_weights, read_checkpoint, step_of_key
+from sr_train.model_registry import RegisteredVersion, version_at
 from sr_train.tracking_server import check_tracking, connect, redact, resolve_tracking_uri
 
 BICUBIC = "bicubic"
@@ -78,7 +79,7 @@ def open_upscaler(
         raise UpscalerError(f"scale={scale} must be at least 1 (--scale)")
     if model == BICUBIC:
         return Upscaler(name=model, scale=scale, upscale_tensor=partial(_upscale_bicubic, scale=scale))
-    target = _device(device)
+    target = device_named(device)
     network = open_network(model, tracking_uri=tracking_uri)
     if network.config.scale != scale:
         raise UpscalerError(f"{model}: is an x{network.config.scale} model, not x{scale} (--scale)")
@@ -96,6 +97,28 @@ def open_network(model: str, *, tracking_uri: str | None = None) -> SRNetwork:
         store, key = split_uri(model)
         return _saved(store, model) if key == WEIGHTS_FILE else _checkpoint(store, key, model)
     return _saved(open_store(model), model)
+
+
+def pinned(model: str, *, tracking_uri: str | None = None) -> tuple[str, RegisteredVersion | None]:
+    """MODEL, and which registered version it is: `models:/name@alias` becomes `models:/name/version`, as an alias may
+    move while it is worked with; anything else stays as it is.
+
+    UpscalerError if there is no such model or alias, TrackingError if the registry can't be asked.
+    """
+    named = _REGISTERED.fullmatch(model)
+    if named is None:
+        return model, None
+    name, version = named["name"], named["version"]
+    if version is None:
+        uri = resolve_tracking_uri(tracking_uri)
+        version = version_at(uri, name, named["alias"])
+        if version is None:
+            raise UpscalerError(
+                f"{model}: there is no such model, or no version of it has this alias ({redact(uri)}; "
+                "MLFLOW_TRACKING_URI, --tracking-uri)"
+            )
+    registered = RegisteredVersion(name, version, f"{REGISTRY_PREFIX}{name}/{version}")
+    return registered.uri, registered
 
 
 def _checkpoint(store: Store, key: str, model: str) -> SRNetwork:
@@ -163,7 +186,8 @@ def _upscale_bicubic(lr_HWC: ImageHWC, scale: int) -> torch.Tensor:
     return as_tensor(upscale_bicubic(as_tensor(lr_HWC).cpu().numpy(), scale))
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """"auto" is the GPU if there is one, else the CPU; UpscalerError if the machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
