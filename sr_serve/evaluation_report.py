@@ -94,8 +94,8 @@ class EvaluationReport:
         rank = rank_db(image.scores)
         if len(kept.heap) >= self._num_pictured and not (kept.heap and rank < -kept.heap[0][0]):
             return
-        folder = f"{PICTURES_FOLDER}/{_slug(one.name)}-x{one.manifest.scale}/{number + 1:04d}-{_slug(image.pair.name)}"
-        kept.pictures[number] = self._write_pictures(folder, image, one.manifest.scale)
+        prefix = f"{PICTURES_FOLDER}/{_slug(one.name)}-x{one.manifest.scale}/{number + 1:04d}-{_slug(image.pair.name)}"
+        kept.pictures[number] = self._write_pictures(prefix, image, one.manifest.scale)
         kept.names[number] = image.pair.name
         heapq.heappush(kept.heap, (-rank, number))
         if len(kept.heap) > self._num_pictured:
@@ -114,7 +114,7 @@ class EvaluationReport:
                 self._store.delete(entry.key)
         return self._store.uri_of(INDEX_FILE)
 
-    def _write_pictures(self, folder: str, image: ScoredImage, scale: int) -> Pictures:
+    def _write_pictures(self, prefix: str, image: ScoredImage, scale: int) -> Pictures:
         hr_HWC = image.pair.hr_HWC
         shown_HWC = [*(sr_HWC.cpu().numpy() for sr_HWC in image.upscaled), hr_HWC]
         top, left, side = worst_crop(
@@ -122,9 +122,9 @@ class EvaluationReport:
         )
         names = [*("bicubic" if number == 0 else f"model-{number}" for number in range(len(image.upscaled))), "hr"]
         pictures = Pictures(
-            keys=tuple(f"{folder}/{name}.png" for name in names),
-            crop_keys=tuple(f"{folder}/{name}-crop.png" for name in names),
-            thumbnail_key=f"{folder}/thumbnail.jpg",
+            keys=tuple(f"{prefix}-{name}.png" for name in names),
+            crop_keys=tuple(f"{prefix}-{name}-crop.png" for name in names),
+            thumbnail_key=f"{prefix}-thumbnail.jpg",
             width=hr_HWC.shape[1],
             height=hr_HWC.shape[0],
             crop_top=top,
