@@ -1,11 +1,9 @@
 """What becomes of a run's best checkpoint: a picture, a registered version, a result file, a report."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,9 @@ from sr_models.architectures import build_model
 from sr_models.inference import upscale_image
 from sr_models.weights import save_model
 from sr_train import checkpoint as ckpt
+from sr_train.card_facts import card_facts
 from sr_train.loop import Position
+from sr_train.model_card import model_card
 from sr_train.model_registry import NOT_PROMOTABLE_TAG, RegisteredVersion, register_model
 from sr_train.options import RunConfig
 from sr_train.plan import Plan
@@ -29,7 +29,7 @@ from sr_train.validator import side_by_side
 
 # The driver may have no GPU: the paper's EDSR takes minutes per LR megapixel there.
 _PICTURE_PX_LR = 192
-_SAMPLE_PX_LR = 48
+_SAMPLE_PX_LR = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitRe
     version, problem = None, None
     if tracking is not None:
         try:
-            version = _register(plan, tracking, checkpoint, values, uri)
+            version = _register(plan, tracking, checkpoint, result, uri)
         except TrackingError as error:
             problem = str(error)
         else:
@@ -125,9 +125,10 @@ def _middle(pair: DecodedPair, side_px_lr: int, scale: int) -> DecodedPair:
 
 
 def _register(
-    plan: Plan, tracking: RunHandle, checkpoint: ckpt.Checkpoint, values: Mapping[str, Any], uri: str
+    plan: Plan, tracking: RunHandle, checkpoint: ckpt.Checkpoint, result: FitResult, uri: str
 ) -> RegisteredVersion:
     config, weights = ckpt.inference_weights(checkpoint)
+    values = result.position.best or {}
     tags = {
         "dataset_fingerprint": plan.train.fingerprint,
         "validation_fingerprint": plan.validation.fingerprint,
@@ -146,7 +147,9 @@ def _register(
     if plan.assets.not_promotable is not None:
         tags[NOT_PROMOTABLE_TAG] = plan.assets.not_promotable
     record = min(plan.validation.images, key=lambda record: record.name)
-    pair = load_pair(open_store(plan.validation.uri), record, plan.validation.scale)
+    scale = plan.validation.scale
+    sample = _middle(load_pair(open_store(plan.validation.uri), record, scale), _SAMPLE_PX_LR, scale)
+    facts = card_facts(plan, checkpoint, values, result.measures, samples=("lr", "bicubic", "sr", "hr"))
     with TemporaryDirectory(prefix="sr-model-") as folder:
         save_model(Path(folder) / "model", config, weights, notes=tags)
         return register_model(
@@ -154,7 +157,9 @@ def _register(
             Path(folder) / "model",
             name=plan.config.tracking.register_as or "",
             tags=tags,
-            sample_lr_HWC=pair.lr_HWC[:_SAMPLE_PX_LR, :_SAMPLE_PX_LR].copy(),
+            sample_lr_HWC=sample.lr_HWC,
+            sample_hr_HWC=sample.hr_HWC,
+            card=model_card(facts),
             alias=None if plan.assets.not_promotable is not None else "challenger",
         )
 

@@ -1,7 +1,8 @@
 """The MLflow registered model: a folder of weights becomes a version that works without this project's checkout.
 
 What is registered holds the weights, a copy of the package `sr_models`, the versions of the few libraries it needs, and
-its parameters: images of any size, or encoded files, in, the same kind of thing out. Nothing in it is pickled.
+its parameters: images of any size, or encoded files, in, the same kind of thing out. Nothing in it is pickled. Beside
+that lie the network as ONNX, a model card and sample pictures.
 """
 
 import hashlib
@@ -11,9 +12,10 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +24,13 @@ import numpy as np
 
 import sr_models
 from sr_data.decode import encode_png
+from sr_data.resize import upscale_bicubic
 from sr_models.architectures import architecture_name, config_to_dict
 from sr_models.errors import ModelError
+from sr_models.onnx_export import ONNX_FILE, check_onnx, export_onnx
 from sr_models.upscaling import PREDICT_DEFAULTS
-from sr_models.weights import WEIGHTS_FILE, load_config
+from sr_models.weights import WEIGHTS_FILE, load_config, load_model
+from sr_train.model_card import CARD_FILE, CardFacts, description_of, model_card
 from sr_train.tracking import RunHandle
 from sr_train.tracking_server import as_tracking_error, check_tracking, connect
 
@@ -58,22 +63,36 @@ def register_model(
     name: str,
     tags: Mapping[str, str],
     sample_lr_HWC: np.ndarray,
+    sample_hr_HWC: np.ndarray | None = None,
+    card: str | None = None,
     alias: str | None = "challenger",
 ) -> RegisteredVersion:
     """Register the weights in `folder` (written by `sr_models.weights.save_model`) as a new version of model `name`.
 
-    Before anything is uploaded the packed model is loaded and has to upscale `sample_lr_HWC` (uint8 RGB); both pictures
-    go with it. `tags` are set on the version, and `alias`, if any, is moved to it unless it is at a newer one. Calling
-    again with the same run, config and weights returns the version that is there, with its tags set again. Raises
-    TrackingError if the server refuses, and ModelError, with nothing registered, if the folder or the sample is not
-    valid.
+    Before anything is uploaded the packed model is loaded and has to upscale `sample_lr_HWC` (uint8 RGB), and the
+    network as ONNX has to give what it gives in PyTorch. The sample goes with it: LR, bicubic, SR, and HR if given.
+    `card` (of `sr_train.model_card`; without one, a card that says what config and tags do) becomes `MODEL_CARD.md` in
+    it and the version's description. `tags` are set on the version, and `alias`, if any, is moved to it unless it is at
+    a newer one.
+
+    Calling again with the same run, config and weights returns the version that is there, with its tags, and its
+    description if a card is given, set again. Raises TrackingError if the server refuses, and ModelError, with nothing
+    registered, if the folder or the sample is not valid.
     """
     digest = _digest(folder)
     with tempfile.TemporaryDirectory(prefix="sr-model-") as scratch, as_tracking_error(run.tracking_uri):
         client = connect(run.tracking_uri)
         found = _find(client, run, name, digest)
         if found is None:
-            found = _create(client, run, folder, name, digest, sample_lr_HWC, Path(scratch) / "model")
+            card = card or model_card(
+                CardFacts(name=name, config=load_config(folder), recorded=tuple(sorted(tags.items())))
+            )
+            packed = Path(scratch) / "model"
+            pack = partial(_pack_with_extras, folder, packed, card, sample_lr_HWC, sample_hr_HWC)
+            found = _create(client, run, name, digest, pack, packed)
+        if card is not None:
+            text = description_of(card, name=name, version=str(found.version))
+            client.update_model_version(name, found.version, description=text)
         for key, value in tags.items():
             client.set_model_version_tag(name, found.version, key, value)
         # A run that is resumed late finds its old version: what was registered since stays the challenger.
@@ -108,13 +127,14 @@ def _find(client: "MlflowClient", run: RunHandle, name: str, digest: str) -> "Mo
 def _create(
     client: "MlflowClient",
     run: RunHandle,
-    folder: Path,
     name: str,
     digest: str,
-    sample_lr_HWC: np.ndarray,
+    pack: Callable[["Model"], None],
     packed: Path,
 ) -> "ModelVersion":
-    """Pack, try, upload, register. What `mlflow.pyfunc.log_model` does, without its process-wide run and URI."""
+    """Pack to the folder `packed`, upload, register: what `mlflow.pyfunc.log_model` does, without its process-wide run
+    and URI.
+    """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
@@ -133,8 +153,7 @@ def _create(
             model_uuid=logged.model_id,
             model_id=logged.model_id,
         )
-        pack_model(folder, packed, description=description)
-        _write_sample(packed, sample_lr_HWC)
+        pack(description)
         client.log_model_artifacts(logged.model_id, str(packed))
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")  # never READY with half of its files
@@ -186,18 +205,42 @@ def pack_model(folder: Path, target: Path, *, description: "Model | None" = None
         )
 
 
-def _write_sample(packed: Path, sample_lr_HWC: np.ndarray) -> None:
-    """Upscale the sample with the packed model and put both pictures into it."""
-    from mlflow.pyfunc import load_model
+def _pack_with_extras(
+    folder: Path,
+    packed: Path,
+    card: str,
+    sample_lr_HWC: np.ndarray,
+    sample_hr_HWC: np.ndarray | None,
+    description: "Model",
+) -> None:
+    """`pack_model`, and what lies beside the model for people and for programs without PyTorch."""
+    pack_model(folder, packed, description=description)
+    network = load_model(folder)
+    (packed / "onnx").mkdir()
+    export_onnx(network, packed / "onnx" / ONNX_FILE)
+    check_onnx(network, packed / "onnx" / ONNX_FILE)
+    (packed / CARD_FILE).write_text(card, encoding="utf-8")
+    samples = {
+        "lr": sample_lr_HWC,
+        "bicubic": upscale_bicubic(sample_lr_HWC, network.config.scale),
+        "sr": _upscaled_by(packed, sample_lr_HWC),
+    }
+    if sample_hr_HWC is not None:
+        samples["hr"] = sample_hr_HWC
+    (packed / "samples").mkdir()
+    for name, image_HWC in samples.items():
+        (packed / "samples" / f"{name}.png").write_bytes(encode_png(image_HWC))
+
+
+def _upscaled_by(packed: Path, sample_lr_HWC: np.ndarray) -> np.ndarray:
+    """The sample upscaled with the packed model, as its users will load it."""
+    from mlflow.pyfunc import load_model as load_pyfunc
 
     with _import_path_kept():
-        sample_sr_HWC = np.asarray(load_model(str(packed)).predict(sample_lr_HWC[None]))[0]
-    samples = packed / "samples"
-    samples.mkdir()
-    (samples / "lr.png").write_bytes(encode_png(sample_lr_HWC))
-    (samples / "sr.png").write_bytes(encode_png(sample_sr_HWC))
+        sample_sr_HWC: np.ndarray = np.asarray(load_pyfunc(str(packed)).predict(sample_lr_HWC))
     for cache in packed.rglob("__pycache__"):  # loading imported from its code folder
         shutil.rmtree(cache)
+    return sample_sr_HWC
 
 
 @contextmanager
@@ -214,7 +257,7 @@ def _import_path_kept() -> Iterator[None]:
 def _no_advice() -> Iterator[None]:
     """Silence MLflow's advice on what is done on purpose.
 
-    It wants an input example, which would fix the signature to its size (the sample is tried, see `_write_sample`), and
+    It wants an input example, which would fix the signature to its size (the sample is tried, see `_upscaled_by`), and
     pip's version, which an environment made by uv does not have.
     """
     environment = logging.getLogger("mlflow.utils.environment")

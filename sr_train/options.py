@@ -241,6 +241,9 @@ class TrackingConfig:
     """Train even if the tracking server can't be reached at the start; what it missed is kept and reported."""
     sample_images: int = 2
     """Validation images shown as LR / bicubic / SR / HR at each validation."""
+    licence_note: str | None = None
+    """What the model's card says of licences, besides what is known of its dataset: whoever registers answers for
+    it."""
 
     def __post_init__(self) -> None:
         require(self.sample_images >= 0, f"--tracking.sample-images={self.sample_images} must be 0 or more")
@@ -253,6 +256,11 @@ class TrackingConfig:
         require(
             self.experiment.strip() != "" and len(self.experiment) <= 500,
             f"--tracking.experiment={self.experiment!r} must have 1 to 500 characters (MLflow)",
+        )
+        note = self.licence_note
+        require(
+            note is None or (note.strip() != "" and len(note) <= 2000),
+            f"--tracking.licence-note must have 1 to 2000 characters; this has {len(note or '')}",
         )
 
 

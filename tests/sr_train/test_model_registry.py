@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
+from sr_data.resize import upscale_bicubic
 from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.errors import ModelError
 from sr_models.inference import upscale_image
+from sr_models.onnx_export import check_onnx
 from sr_models.weights import load_model, save_model
 from sr_train.model_registry import register_model
 from sr_train.tracking import RunHandle, TrackingError, start_run
@@ -27,6 +31,7 @@ USE = """
 import importlib.util, json, sys
 import mlflow, numpy as np
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # as if never installed
+sys.modules.update(onnx=None, onnxruntime=None)  # the registered model's requirements list neither
 uri, image_path, result_path = sys.argv[1:]
 assert importlib.util.find_spec("sr_models") is None and importlib.util.find_spec("sr_train") is None
 model = mlflow.pyfunc.load_model(uri)
@@ -95,7 +100,7 @@ def test_a_registered_model_works_without_this_project(
     assert version.tags["psnr"] == "30.1"
     model = mlflow.artifacts.download_artifacts(version.source)
     files = {path.name for path in Path(model).rglob("*")}
-    assert {"lr.png", "sr.png", "weights.safetensors", "config.json", "edsr.py"} <= files
+    assert {"lr.png", "bicubic.png", "sr.png", "weights.safetensors", "config.json", "edsr.py"} <= files
     assert not {name for name in files if name.endswith((".pkl", ".pyc")) or name == "__pycache__"}
 
     outcome, sr = use_elsewhere(run.tracking_uri, f"models:/{name}@challenger", tmp_path / "elsewhere")
@@ -107,6 +112,56 @@ def test_a_registered_model_works_without_this_project(
     assert sr.dtype == np.uint8
     expected = upscale_image(load_model(folder), SAMPLE)
     assert np.array_equal(sr[0], expected)
+
+
+def test_beside_the_model_lie_onnx_card_and_pictures(
+    mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the card says that one can do with them can be done."""
+    run = start_run(tracking_uri=mlflow_server.uri, experiment="extras", run_name="r", params={}, tags={}, texts={})
+    folder, hr_HWC = weights(tmp_path / "weights"), np.zeros((18, 24, 3), np.uint8)
+    tags = {"psnr_db": "30.1"}
+    version = register_model(run, folder, name="extras", tags=tags, sample_lr_HWC=SAMPLE, sample_hr_HWC=hr_HWC)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    monkeypatch.chdir(mlflow.artifacts.download_artifacts(version.uri))
+
+    pictures = {path.stem: np.asarray(Image.open(path)) for path in Path("samples").iterdir()}
+    assert pictures.keys() == {"lr", "bicubic", "sr", "hr"}
+    assert np.array_equal(pictures["lr"], SAMPLE) and np.array_equal(pictures["hr"], hr_HWC)
+    assert np.array_equal(pictures["bicubic"], upscale_bicubic(SAMPLE, 2))
+    expected_HWC = upscale_image(load_model(folder), SAMPLE)
+    assert np.array_equal(pictures["sr"], expected_HWC)
+    check_onnx(load_model(folder), Path("onnx/model.onnx"))
+
+    card = Path("MODEL_CARD.md").read_text()
+    linked = re.findall(r"!\[[^]]*\]\(([^)]*)\)", card)
+    assert linked and all(Path(link).is_file() for link in linked)
+    description = MlflowClient().get_model_version("extras", version.version).description
+    assert description.startswith("# extras\n") and "| psnr_db | 30.1 |" in description
+
+    Image.fromarray(SAMPLE).save("photo.jpg", format="PNG")  # a JPEG would change the levels
+    snippets = re.findall(r"^```python\n(.*?)^```", description, flags=re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, {})
+    for name in ("larger.jpg", "larger-onnx.png"):
+        assert np.abs(np.asarray(Image.open(name)).astype(int) - expected_HWC).max() <= 1, name
+
+
+def test_a_card_is_set_on_the_version_that_is_there_and_kept_where_none_is_given(
+    mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    run = start_run(tracking_uri=mlflow_server.uri, experiment="cards", run_name="r", params={}, tags={}, texts={})
+    folder, client = weights(tmp_path / "weights"), MlflowClient(mlflow_server.uri)
+
+    def described(card: str | None) -> str:
+        version = register_model(run, folder, name="cards", tags={}, sample_lr_HWC=SAMPLE, card=card)
+        assert version.version == "1"
+        return str(client.get_model_version("cards", "1").description)
+
+    assert described("# First\n") == "# First\n"
+    assert described("# models:/cards/VERSION") == "# models:/cards/1"
+    assert described(None) == "# models:/cards/1"
 
 
 def test_registering_again_gives_the_same_version_and_other_weights_the_next(
@@ -136,6 +191,11 @@ def test_what_does_not_work_is_not_registered(mlflow_server: MlflowServer, tmp_p
     folder = weights(tmp_path / "weights")
     (folder / "weights.safetensors").write_bytes(b"cut off")
     with pytest.raises(ModelError, match="safetensors"):
+        register_model(run, folder, name="broken", tags={}, sample_lr_HWC=SAMPLE)
+    config = EDSRConfig(scale=2, num_blocks=2, num_channels=8)
+    state = build_model(config, seed=0).state_dict()
+    save_model(folder, config, state | {"tail.bias": torch.full((3,), torch.nan)})
+    with pytest.raises(ModelError, match=r"onnx.*nan"):
         register_model(run, folder, name="broken", tags={}, sample_lr_HWC=SAMPLE)
     (folder / "weights.safetensors").unlink()
     with pytest.raises(ModelError, match="has no weights"):
