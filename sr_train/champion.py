@@ -1,6 +1,6 @@
 """A checkpoint against the registered champion: scores on the same images, and what their difference is worth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,17 +10,12 @@ from sr_data.pairs import load_pair
 from sr_data.storage import open_store
 from sr_train.metrics import ImageScore, protocol_named
 from sr_train.model_registry import version_at
+from sr_train.paired import CONFIDENCE, Interval, interval_verdict, mean_interval, paired_differences
 from sr_train.tracking_server import resolve_tracking_uri
 from sr_train.upscaler import REGISTRY_PREFIX, open_upscaler
 from sr_train.validation import SetScore, mean_score, score_pairs
 
 CHAMPION = "champion"
-CONFIDENCE = 0.95
-NUM_RESAMPLES = 10_000
-MIN_IMAGES = 6
-"""If both models were equally good, the differences of n images would all have one sign with probability 2^(1 - n),
-which is below 5 % from 6 images on. An interval from fewer images is too narrow to stand for 95 %."""
-_CHUNK = 500
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +34,7 @@ class Comparison:
     champion_ssim: float
     differences_db: Mapping[str, float]
     """The model's PSNR minus the champion's by image; 0 if both images are identical to HR, infinite if one is."""
-    interval_db: tuple[float, float] | None
+    interval_db: Interval | None
     """95 % confidence interval of the mean difference; None for a single image, or if a difference is infinite."""
 
     @property
@@ -49,15 +44,7 @@ class Comparison:
 
     def verdict(self) -> str:
         """What the interval says."""
-        if self.interval_db is None:
-            why = "one image gives" if len(self.differences_db) == 1 else "an image without any error leaves"
-            return f"{why} no confidence interval"
-        low_db, high_db = self.interval_db
-        if not (low_db > 0.0 or high_db < 0.0):
-            return "no difference that these images show"
-        if len(self.differences_db) < MIN_IMAGES:
-            return f"fewer than {MIN_IMAGES} images are too few to tell"
-        return "better" if low_db > 0.0 else "worse"
+        return interval_verdict(self.interval_db, len(self.differences_db))
 
     def sentence(self) -> str:
         """For reports: difference, interval, images, protocol and `verdict`."""
@@ -112,12 +99,7 @@ def compare_with_champion(
 
 def compare_scores(ours: SetScore, champions: SetScore, *, name: str, champion_version: str) -> Comparison:
     """Compares two scores of the same set under one protocol; ValueError if they are of different images."""
-    differences_db = {
-        image.name: 0.0 if image.psnr_db == other.psnr_db else image.psnr_db - other.psnr_db
-        for image, other in zip(ours.images, champions.images, strict=True)
-    }
-    if [image.name for image in champions.images] != list(differences_db) or ours.protocol != champions.protocol:
-        raise ValueError(f"{name}: the scores are of different images or protocols")
+    differences_db = paired_differences(ours, champions)
     return Comparison(
         name=name,
         champion_version=champion_version,
@@ -129,20 +111,3 @@ def compare_scores(ours: SetScore, champions: SetScore, *, name: str, champion_v
         differences_db=differences_db,
         interval_db=mean_interval(list(differences_db.values())),
     )
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % confidence interval of the values' mean; None for fewer than two, or if one is infinite.
-
-    The percentile bootstrap (Efron, Tibshirani: "An Introduction to the Bootstrap", 1993, section 13.3) with
-    `NUM_RESAMPLES` resamples and a fixed seed. It assumes no distribution; from few values it is too narrow.
-    """
-    known = np.asarray(values, dtype=np.float64)
-    if len(known) < 2 or not np.isfinite(known).all():
-        return None
-    rng = np.random.default_rng(0)
-    # In chunks: the resamples of a set of thousands would take hundreds of megabytes.
-    means = [known[rng.integers(len(known), size=(_CHUNK, len(known)))].mean(1) for _ in range(NUM_RESAMPLES // _CHUNK)]
-    tail = (1.0 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
-    return float(low), float(high)

@@ -12,7 +12,7 @@ from sr_data.manifest import Manifest, load_manifest
 from sr_models.architectures import build_model
 from sr_models.edsr import DIV2K_MEAN_RGB, EDSRConfig
 from sr_models.weights import save_model
-from sr_train.champion import Comparison, compare_scores, compare_with_champion, mean_interval
+from sr_train.champion import Comparison, compare_scores, compare_with_champion
 from sr_train.metrics import ImageScore
 from sr_train.model_registry import register_model, version_at
 from sr_train.tracking import start_run
@@ -154,12 +154,10 @@ def test_images_that_both_restore_exactly_do_not_differ() -> None:
 def test_scores_of_different_images_are_not_compared() -> None:
     ours = mean_score("set", 2, PROTOCOL, [ImageScore(name="a", psnr_db=30.0, ssim=0.9)])
     others = mean_score("set", 2, PROTOCOL, [ImageScore(name="b", psnr_db=30.0, ssim=0.9)])
-    with pytest.raises(ValueError, match="different images"):
+    with pytest.raises(ValueError, match="different images; only one has a, b"):
         compare_scores(ours, others, name="edsr-x2", champion_version="3")
-
-
-def test_the_interval_is_that_of_the_mean() -> None:
-    values = np.random.default_rng(1).normal(0.1, 0.3, size=300)
-    interval = mean_interval(list(values))
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    assert interval == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    with pytest.raises(ValueError, match="different scales, 2 and 4"):
+        compare_scores(ours, mean_score("set", 4, PROTOCOL, ours.images), name="edsr-x2", champion_version="3")
+    of_y = mean_score("set", 2, "psnr@y,crop=scale", ours.images)
+    with pytest.raises(ValueError, match="different protocols"):
+        compare_scores(ours, of_y, name="edsr-x2", champion_version="3")

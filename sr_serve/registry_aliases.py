@@ -1,0 +1,125 @@
+"""A registered model's champion in MLflow: reads what is there, moves the alias, keeps history in versions' tags."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from sr_serve.promotion import PromotionError
+from sr_serve.succession import (
+    BEFORE_TAG,
+    PROMOTED_AT_TAG,
+    PROMOTION_TAG,
+    ROLLED_BACK_AT_TAG,
+    ModelState,
+    Version,
+    WayBack,
+)
+from sr_train.champion import CHAMPION
+from sr_train.tracking_server import as_tracking_error, check_tracking, connect, redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def read_model(tracking_uri: str, name: str) -> ModelState:
+    """A registered model's aliases and usable versions. PromotionError if there is none of that name.
+
+    TrackingError, within seconds, if the registry can't be reached.
+    """
+    if not name or set(name) & set("'\"/:%"):
+        raise PromotionError(f"{name!r} is no name of a registered model: give it without models:/, as in edsr-x4")
+    check_tracking(tracking_uri)  # MLflow itself would try an unreachable server for minutes
+    with as_tracking_error(tracking_uri):
+        client = connect(tracking_uri)
+        versions: dict[str, Version] = {}
+        token: str | None = None
+        while True:
+            page = client.search_model_versions(f"name = '{name}'", page_token=token)
+            for it in page:
+                if it.status == "READY":
+                    number = str(it.version)
+                    versions[number] = Version(name=name, version=number, tags=dict(it.tags))
+            token = page.token
+            if not token:
+                break
+        if not versions:
+            raise PromotionError(
+                f"{redact(tracking_uri)} has no registered model {name!r} with a version (MLFLOW_TRACKING_URI, "
+                f"--tracking-uri)"
+            )
+        aliases = {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+    return ModelState(name=name, aliases=aliases, versions=versions)
+
+
+def promote(tracking_uri: str, state: ModelState, challenger: Version, *, record: str) -> None:
+    """Makes `challenger` the champion in place of the one in `state`; `record` becomes its tag `promotion`.
+
+    PromotionError, with nothing changed, if the champion is another one by now. TrackingError if the registry refuses
+    or goes away.
+    """
+    tags: dict[str, str | None] = {
+        BEFORE_TAG: state.before_tag(challenger),
+        PROMOTED_AT_TAG: _now(),
+        PROMOTION_TAG: record,
+        ROLLED_BACK_AT_TAG: None,
+    }
+    champion = state.champion
+    expected = None if champion is None else champion.version
+    with as_tracking_error(tracking_uri):
+        client = connect(tracking_uri)
+        _check_still(client, state.name, expected)
+        # The tags first: a process killed in between leaves tags that say too much, not a champion without history.
+        _set_tags(client, challenger, tags)
+        try:
+            _move(client, state.name, expected, challenger.version)
+        except PromotionError:
+            _set_tags(client, challenger, {key: challenger.tags.get(key) for key in tags})
+            raise
+
+
+def roll_back(tracking_uri: str, state: ModelState, way: WayBack) -> None:
+    """Makes `way.to` the champion again, and takes `way.left` out of the history. Errors as `promote`."""
+    with as_tracking_error(tracking_uri):
+        client = connect(tracking_uri)
+        _move(client, state.name, way.left[0].version, way.to.version)
+        for version, before in way.tags_left():
+            _set_tags(client, version, {BEFORE_TAG: before})
+        _set_tags(client, way.left[0], {ROLLED_BACK_AT_TAG: _now()})
+        _set_tags(client, way.to, {ROLLED_BACK_AT_TAG: None})
+
+
+def _move(client: "MlflowClient", name: str, expected: str | None, to: str) -> None:
+    """The alias from `expected` to `to`.
+
+    MLflow has no compare-and-set: a move by someone else in the milliseconds between look and move is overwritten.
+    """
+    _check_still(client, name, expected)
+    client.set_registered_model_alias(name, CHAMPION, to)
+    _check_still(client, name, to, moved=True)
+
+
+def _check_still(client: "MlflowClient", name: str, expected: str | None, *, moved: bool = False) -> None:
+    version = client.get_registered_model(name).aliases.get(CHAMPION)
+    found = None if version is None else str(version)
+    if found == expected:
+        return
+    is_now = "is at no version" if found is None else f"is at version {found}"
+    was = "no version" if expected is None else f"version {expected}"
+    raise PromotionError(
+        f"{name}@{CHAMPION} {is_now} now, not at {was}: someone else moved it meanwhile. "
+        + ("It was moved by this command, and then by another." if moved else "Nothing was moved; run this again.")
+    )
+
+
+def _set_tags(client: "MlflowClient", version: Version, tags: Mapping[str, str | None]) -> None:
+    """None takes a tag away."""
+    there = client.get_model_version(version.name, version.version).tags
+    for key, value in tags.items():
+        if value is not None:
+            client.set_model_version_tag(version.name, version.version, key, value)
+        elif key in there:
+            client.delete_model_version_tag(version.name, version.version, key)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
