@@ -27,7 +27,7 @@ class ActorPool:
         return max(1, int(self.cpus))
 
     def __str__(self) -> str:
-        each = [f"{self.gpus:g} GPU"] if self.gpus else []
+        each = [f"{self.gpus:g} GPU{'s' if self.gpus > 1 else ''}"] if self.gpus else []
         each.append(f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}")
         return f"{self.num_actors} actor{'s' if self.num_actors != 1 else ''} with {' and '.join(each)} each"
 

@@ -16,7 +16,7 @@ class UpscaleProgress:
     def __init__(self, total: int) -> None:
         """Of `total` images. Shows nothing before the first."""
         self._total, self._done, self._bad = total, 0, 0
-        self._started_s = self._said_s = time.monotonic()
+        self._first_s, self._said_s = 0.0, time.monotonic()
         self._time_left = TimeLeft(total)
         self._bar = tqdm(total=total, unit="image", disable=None, dynamic_ncols=True)
 
@@ -25,6 +25,8 @@ class UpscaleProgress:
         self._done += 1
         self._bad += is_bad
         now_s = time.monotonic()
+        if self._done == 1:  # what comes before it is the start of the actors
+            self._first_s = now_s
         left_s = self._time_left.at(self._done, now_s)
         if not self._bar.disable:
             if self._bad:
@@ -32,9 +34,9 @@ class UpscaleProgress:
             self._bar.update()
         elif now_s - self._said_s >= LINE_INTERVAL_S or self._done == self._total:
             self._said_s = now_s
-            rate = self._done / max(now_s - self._started_s, 1e-9)
+            rate = f"{(self._done - 1) / (now_s - self._first_s):.3g}" if now_s > self._first_s else "?"
             bad = f", {self._bad} bad" if self._bad else ""
-            line = f"{self._done}/{self._total} images, {rate:.3g} images/s, {format_duration(left_s)} left{bad}"
+            line = f"{self._done}/{self._total} images, {rate} images/s, {format_duration(left_s)} left{bad}"
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:

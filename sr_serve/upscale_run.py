@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -36,7 +37,7 @@ from sr_serve.upscale_worker import OVERLAP, ImageMaker, Work
 from sr_train.checkpoint import CheckpointError
 from sr_train.options import ConfigError
 from sr_train.tracking_server import TrackingError
-from sr_train.upscaler import UpscalerError, open_network
+from sr_train.upscaler import UpscalerError, device_named, open_network, pinned
 
 USER_ERRORS = (UpscaleError, StorageError, ModelError, CheckpointError, ConfigError, UpscalerError, TrackingError)
 """What `upscale` raises, and the user can mend."""
@@ -46,6 +47,9 @@ _LISTED = 20
 
 Failures = dict[str, str]
 """Key of a bad image → what is wrong with it."""
+OnResult = Callable[[str, str | None], None]
+"""Is told of each image that is finished: its key, and what is wrong with it, if something is."""
+MakeAll = Callable[[OnResult], None]
 
 
 def upscale(model: str, source: str, target: str, options: UpscaleOptions) -> Failures:
@@ -67,8 +71,8 @@ def _upscale_file(model: str, store: Store, key: str, target: str, options: Upsc
         raise UpscaleError(f"{target_uri}: TARGET is SOURCE")
     if not options.overwrite and target_store.exists(target_key):
         raise UpscaleError(f"{target_uri}: is there already; choose another TARGET, or replace it with --overwrite")
-    network = open_network(_fixed(model, options.tracking_uri), tracking_uri=options.tracking_uri)
-    device = _local_device(options.device)
+    device = device_named(options.device)
+    network = open_network(model, tracking_uri=options.tracking_uri)
     if options.dry_run:
         print(f"would upscale {store.uri_of(key)} x{network.config.scale} to {target_uri}")
         return {}
@@ -89,7 +93,7 @@ def _upscale_folder(model: str, source: Store, target: str, options: UpscaleOpti
     sources = source.list()
     if not sources:
         raise UpscaleError(f"{source.uri}: there is no such file, and no file below it (SOURCE)")
-    fixed = _fixed(model, options.tracking_uri)
+    fixed, _ = pinned(model, tracking_uri=options.tracking_uri)
     network = open_network(fixed, tracking_uri=options.tracking_uri)
     existing = store.list()
     plan = _plan(network, fixed, source, sources, store, existing, options)
@@ -97,8 +101,10 @@ def _upscale_folder(model: str, source: Store, target: str, options: UpscaleOpti
     if options.dry_run:
         return {}
     started_s = time.monotonic()
+    work = _work(options, FORMAT_FLAGS[options.format], source_uri=source.uri, target_uri=store.uri)
+    make_all = _maker(network, plan.todo, work, options)
     _prepare(store, plan)
-    failures = _make_all(network, plan, source, store, options)
+    failures = _with_progress(make_all, len(plan.todo))
     _write_failures(store, failures, {entry.key for entry in existing})
     print(_summary(plan, store, failures, time.monotonic() - started_s))
     return failures
@@ -147,25 +153,10 @@ def _prepare(target: Store, plan: Plan) -> None:
         target.write(RECORD_KEY, plan.record.to_json().encode())
 
 
-def _make_all(network: SRNetwork, plan: Plan, source: Store, target: Store, options: UpscaleOptions) -> Failures:
-    if not plan.todo:
-        return {}
-    work = _work(options, FORMAT_FLAGS[options.format], source_uri=source.uri, target_uri=target.uri)
-    failures: Failures = {}
-
-    def on_result(key: str, reason: str | None) -> None:
-        if reason is not None:
-            failures[key] = reason
-        progress.one_more(is_bad=reason is not None)
-
-    if options.num_actors == 0 or len(plan.todo) == 1:
-        device = _local_device(options.device)
-        progress = UpscaleProgress(len(plan.todo))
-        try:
-            _make_here(ImageMaker(placed(network, device), work), plan.todo, on_result)
-        finally:
-            progress.close()
-        return failures
+def _maker(network: SRNetwork, images: Sequence[Image], work: Work, options: UpscaleOptions) -> MakeAll:
+    """Who makes the images; what stands against it (device, cluster) is found here, before anything is written."""
+    if options.num_actors == 0 or len(images) <= 1:
+        return partial(_make_here, ImageMaker(placed(network, device_named(options.device)), work), images)
     # Here: Ray takes 3 s to import, and one image needs none of it.
     from sr_serve.actor_pool import size_pool
     from sr_serve.ray_upscale import make_on_cluster
@@ -174,22 +165,34 @@ def _make_all(network: SRNetwork, plan: Plan, source: Store, target: Store, opti
     connect()
     pool = size_pool(
         cluster_facts(),
-        len(plan.todo),
+        len(images),
         device=options.device,
         num_actors=options.num_actors,
         gpus_per_actor=options.gpus_per_actor,
         cpus_per_actor=options.cpus_per_actor,
     )
-    print(f"starting {pool}", flush=True)
-    progress = UpscaleProgress(len(plan.todo))
-    try:
-        make_on_cluster(network, plan.todo, work, pool, on_result)
-    finally:
-        progress.close()
+    print(f"  on        {pool}", flush=True)
+    return partial(make_on_cluster, network, images, work, pool)
+
+
+def _with_progress(make_all: MakeAll, num_images: int) -> Failures:
+    failures: Failures = {}
+    if num_images:
+        progress = UpscaleProgress(num_images)
+
+        def on_result(key: str, reason: str | None) -> None:
+            if reason is not None:
+                failures[key] = reason
+            progress.one_more(is_bad=reason is not None)
+
+        try:
+            make_all(on_result)
+        finally:
+            progress.close()
     return failures
 
 
-def _make_here(maker: ImageMaker, images: Sequence[Image], on_result: Callable[[str, str | None], None]) -> None:
+def _make_here(maker: ImageMaker, images: Sequence[Image], on_result: OnResult) -> None:
     """With a few threads, so that images are fetched and stored while others are computed."""
     with ThreadPoolExecutor(1 + OVERLAP, "upscale") as threads:
         under_way = {threads.submit(maker.make, image): image for image in images}
@@ -236,30 +239,6 @@ def _file_target(target: str, source_key: str, format_flag: str) -> tuple[Store,
 def _real(uri: str) -> str:
     """A path without links; other URIs as they are."""
     return uri if "://" in uri else os.path.realpath(uri)
-
-
-def _fixed(model: str, tracking_uri: str | None) -> str:
-    """models:/name@alias → models:/name/version: all that comes after speaks of one model, and the record names it."""
-    name, at, alias = model.removeprefix("models:/").partition("@")
-    if not model.startswith("models:/") or not at:
-        return model
-    from sr_train.model_registry import version_at
-    from sr_train.tracking_server import resolve_tracking_uri
-
-    version = version_at(resolve_tracking_uri(tracking_uri), name, alias)
-    return f"models:/{name}/{version}" if version is not None else model  # opening it says what is missing
-
-
-def _local_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UpscaleError(f"--device {name}: is no device; allowed are auto, cpu, cuda, cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UpscaleError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _work(options: UpscaleOptions, written_as: str | None, *, source_uri: str, target_uri: str) -> Work:
