@@ -12,6 +12,7 @@ from sr_train.model_card import CardFacts, CardScore, CardScores, Row
 from sr_train.options import ScheduleConfig
 from sr_train.plan import Plan
 from sr_train.plan_report import dataset_line
+from sr_train.progress import format_duration
 from sr_train.run_facts import run_facts
 from sr_train.run_folder import checkpoint_store
 from sr_train.tracking_server import redact
@@ -98,8 +99,9 @@ def _trained_on(
     elif config.checkpoint.init_from is not None:
         rows.insert(0, ("began with", redact(config.checkpoint.init_from)))
     if patches_per_s := measures.get("patches_per_s"):
-        minutes = patches_seen / patches_per_s / 60
-        rows.append(("duration", f"{minutes:,.3g} minutes of steps at {patches_per_s:,.3g} patches/s"))
+        rows.append(
+            ("duration", f"{format_duration(patches_seen / patches_per_s)} of steps at {patches_per_s:,.0f} patches/s")
+        )
     return tuple(rows)
 
 

@@ -11,6 +11,9 @@ CARD_FILE = "MODEL_CARD.md"
 MAX_DESCRIPTION_LENGTH = 5_000
 """Characters of a version's description that MLflow's databases hold (`SqlModelVersion.description`)."""
 
+_HEADING = "\n\n## "
+_LEFT_OUT_FIRST = ("Also recorded", "How it was trained", "What it was trained on", "How to load it")
+
 Row = tuple[str, str]
 """A fact's name and the fact: a line of a table."""
 
@@ -85,22 +88,23 @@ def model_card(facts: CardFacts) -> str:
     }
     if facts.recorded:
         sections["Also recorded"] = _table(facts.recorded)
-    return "\n\n".join([_head(facts), *(f"## {title}\n{text}" for title, text in sections.items())]) + "\n"
+    return _HEADING.join([_head(facts), *(f"{title}\n{text}" for title, text in sections.items())]) + "\n"
 
 
 def description_of(card: str, *, name: str, version: str) -> str:
-    """The card as a version's description in MLflow: with the version's number, and without what can't be shown there:
-    pictures, and whole sections from the end where it would be too long.
+    """The card as a version's description in MLflow: with the version's number, without pictures, which can't be shown
+    there, and without some sections where it would be too long.
     """
-    parts = card.replace(f"models:/{name}/VERSION", f"models:/{name}/{version}").split("\n\n## ")
-    parts = [f"Samples\nPictures lie in the version's artefact `{CARD_FILE}` and `samples/`." if
-             part.startswith("Samples\n") else part for part in parts]  # fmt: skip
-    whole = "\n\n## ".join(parts)
-    more = f"\n\nThe rest is in the version's artefact `{CARD_FILE}`.\n"
-    while len(whole) > MAX_DESCRIPTION_LENGTH and len(parts) > 1:
-        parts.pop()
-        whole = "\n\n## ".join(parts) + more
-    return whole if len(whole) <= MAX_DESCRIPTION_LENGTH else whole[: MAX_DESCRIPTION_LENGTH - len(more)] + more
+    parts = card.replace(f"models:/{name}/VERSION", f"models:/{name}/{version}").strip().split(_HEADING)
+    pictures = f"Samples\nPictures lie in the version's artefact, in `samples/` beside `{CARD_FILE}`."
+    parts = [pictures if part.startswith("Samples\n") else part for part in parts]
+    more = f"\n\nThe rest is in the version's artefact `{CARD_FILE}`."
+    text = _HEADING.join(parts)
+    for title in _LEFT_OUT_FIRST:
+        if len(text) > MAX_DESCRIPTION_LENGTH:
+            parts = [part for part in parts if not part.startswith(f"{title}\n")]
+            text = _HEADING.join(parts) + more
+    return text if len(text) <= MAX_DESCRIPTION_LENGTH else text[: MAX_DESCRIPTION_LENGTH - len(more)] + more
 
 
 def _head(facts: CardFacts) -> str:
@@ -209,7 +213,7 @@ with open("photo.jpg", "rb") as source, open("larger.jpg", "wb") as target:
     target.write(model.predict(source.read()))  # or a uint8 array N×H×W×3 RGB
 ```
 
-Over HTTP: `mlflow models serve -m {uri} --port 5001`, then
+Over HTTP: `mlflow models serve -m {uri} --env-manager uv --port 5001`, then
 
 ```sh
 printf '{{"inputs": ["%s"]}}' "$(base64 -w 0 photo.jpg)" |
