@@ -22,6 +22,7 @@ _DAMAGED = (
 )  # fmt: skip
 # torch's words: "… unsupported GLOBAL posix.system whose …", "Unsupported global: GLOBAL models.SRResNet was not …".
 _REFUSED = re.compile(r"GLOBAL (\S+)")
+_LFS_POINTER = b"version https://git-lfs."
 _HOW_TO_CONVERT = (
     "Where you trust the file and have its authors' code, load it there, save only the tensors with "
     "torch.save(network.state_dict(), 'tensors.pth'), and import that"
@@ -70,6 +71,8 @@ def read_weight_file(uri: str, *, sha256: str | None = None) -> WeightFile:
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and not digest.startswith(sha256.lower()):
         raise WeightFileError(f"{uri}: its sha256 is {digest}, but --sha256 says {sha256}: damaged, or another file")
+    if data.startswith(_LFS_POINTER):
+        raise WeightFileError(f"{uri}: is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
     return WeightFile(uri=uri, name=name, sha256=digest, loaded=_loaded(data, uri))
 
 

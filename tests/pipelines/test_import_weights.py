@@ -188,6 +188,13 @@ def test_a_truncated_file_is_named(look, write):
     assert hashlib.sha256(whole[: len(whole) // 2]).hexdigest() in err
 
 
+def test_a_pointer_of_git_lfs_is_named(look):
+    Path("weights.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5490680\n")
+    status, _, err = look("weights.pt", "--architecture", "edsr", "--scale", 2)
+    assert status == 2
+    assert "weights.pt: is a Git LFS pointer" in err
+
+
 @pytest.mark.parametrize(
     ("changed", "messages"),
     [
