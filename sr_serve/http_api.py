@@ -94,6 +94,7 @@ _RESULT_HEADERS = {
     "X-SR-Scale": "upscaling factor",
     "X-SR-Input-Size": "width x height of the upload, upright",
     "X-SR-Output-Size": "width x height of the result",
+    "X-SR-Together": "how many images went through the network at once, this one included",
     "X-SR-Elapsed-S": "seconds in the model's process, waiting included",
 }
 _RESULT: dict[str, Any] = {
@@ -212,6 +213,7 @@ def _facts_headers(answer: Upscaled) -> dict[str, str]:
         "X-SR-Scale": str(facts.scale),
         "X-SR-Input-Size": "x".join(map(str, answer.lr_size_px)),
         "X-SR-Output-Size": "x".join(map(str, answer.sr_size_px)),
+        "X-SR-Together": str(answer.num_together),
         "X-SR-Elapsed-S": f"{answer.elapsed_s:.3f}",
         "Cache-Control": "no-store",
         "X-Content-Type-Options": "nosniff",

@@ -16,9 +16,9 @@ from sr_models.inference import placed
 from sr_models.network import SRNetwork
 from sr_serve.messages import ModelFacts
 from sr_train.checkpoint import CheckpointError
-from sr_train.model_registry import version_at
+from sr_train.model_registry import RegisteredVersion
 from sr_train.tracking_server import TrackingError, resolve_tracking_uri
-from sr_train.upscaler import REGISTRY_PREFIX, UpscalerError, open_network
+from sr_train.upscaler import REGISTRY_PREFIX, UpscalerError, open_network, pinned
 
 _LOAD_ERRORS = (UpscalerError, ModelError, CheckpointError, StorageError, TrackingError, OSError, RuntimeError)
 """What makes a version unusable; RuntimeError is PyTorch's: no room on the device, a kernel that fails."""
@@ -49,12 +49,13 @@ class LiveModel:
         self._tracking_uri = resolve_tracking_uri(tracking_uri) if model.startswith(REGISTRY_PREFIX) else None
         self._device = device
         self._say = say
-        self._alias = _alias_of(model)
         self._said: str | None = None
         self._bad_version: str | None = None
         self._polls_to_skip = self._skip_next = 0
         self._stopped = threading.Event()
-        self._current = self._load(self._version_now() if self._alias else _version_of(model))
+        uri, registered = pinned(model, tracking_uri=self._tracking_uri)
+        self._follows_alias = uri != model
+        self._current = self._load(uri, registered)
 
     @property
     def current(self) -> Loaded:
@@ -63,7 +64,7 @@ class LiveModel:
 
     def watch(self, poll_s: float) -> None:
         """Looks at the alias every `poll_s` seconds from now on, in a thread; a version never changes."""
-        if self._alias is not None:
+        if self._follows_alias:
             threading.Thread(target=self._watch, args=(poll_s,), name="watch-alias", daemon=True).start()
 
     def stop(self) -> None:
@@ -77,40 +78,38 @@ class LiveModel:
         as it is. A version that failed is tried again, at intervals that double up to five minutes (`poll_s` is how far
         calls are apart).
         """
+        current = self._current.facts
         try:
-            version = self._version_now()
-        except TrackingError as error:
-            self._say_once(f"the registry can't be asked ({error}); {self._current.facts.label()} goes on answering")
+            uri, registered = pinned(self._model, tracking_uri=self._tracking_uri)
+        except (TrackingError, UpscalerError) as error:  # it is away, or the alias is gone
+            self._say_once(f"{error}; {current.label()} goes on answering")
             return False
-        if version is None:
-            self._say_once(f"{self._model}: no version has this alias now; {self._current.facts.label()} goes on")
-            return False
-        if version == self._current.facts.version:
+        if registered is None or registered.version == current.version:
             self._settled()
             return False
-        if version == self._bad_version and self._polls_to_skip > 0:
+        if registered.version == self._bad_version and self._polls_to_skip > 0:
             self._polls_to_skip -= 1
             return False
-        return self._change_to(version, poll_s)
-
-    def _change_to(self, version: str, poll_s: float) -> bool:
-        before = self._current.facts
         try:
-            loaded = self._load(version)
+            loaded = self._load(uri, registered)
         except _LOAD_ERRORS as error:
-            if version != self._bad_version:
-                self._bad_version, self._skip_next = version, 0
-            longest = int(_MAX_RETRY_S / poll_s) if poll_s else 0
-            self._polls_to_skip = min(self._skip_next, longest)
-            self._skip_next = 2 * self._skip_next + 1
-            reason = str(error).partition("\n")[0]
-            self._say_once(f"{before.name} version {version} can't be used ({reason}); {before.label()} goes on")
+            self._put_off(registered.version, poll_s)
+            reason = str(error).partition("\n")[0].removeprefix(f"{uri}: ")
+            self._say_once(f"{uri} can't be used ({reason}); {current.label()} goes on answering")
             return False
         self._current = loaded  # one assignment: a reader sees the old one or the new one
+        self._said = None
         self._settled()
-        scale = "" if loaded.facts.scale == before.scale else f", x{loaded.facts.scale} instead of x{before.scale}"
-        self._say(f"{loaded.facts.label()} answers now, after version {before.version}{scale}")
+        scale = "" if loaded.facts.scale == current.scale else f", x{loaded.facts.scale} instead of x{current.scale}"
+        self._say(f"{loaded.facts.label()} answers now, after version {current.version}{scale}")
         return True
+
+    def _put_off(self, version: str, poll_s: float) -> None:
+        """Says for how many polls a version that failed is left alone."""
+        if version != self._bad_version:
+            self._bad_version, self._skip_next = version, 0
+        self._polls_to_skip = min(self._skip_next, int(_MAX_RETRY_S / poll_s) if poll_s else 0)
+        self._skip_next = 2 * self._skip_next + 1
 
     def _watch(self, poll_s: float) -> None:
         while not self._stopped.wait(poll_s):
@@ -128,20 +127,11 @@ class LiveModel:
             self._said = message
             self._say(message)
 
-    def _version_now(self) -> str | None:
-        if self._alias is None or self._tracking_uri is None:
-            return self._current.facts.version
-        return version_at(self._tracking_uri, *self._alias)
-
-    def _load(self, version: str | None) -> Loaded:
-        # By version: the alias may move on between asking and loading. Without one (no such alias), the error is made.
-        name = self._alias[0] if self._alias else self._model.removeprefix(REGISTRY_PREFIX).partition("/")[0]
-        registered = version is not None
-        model = f"{REGISTRY_PREFIX}{name}/{version}" if registered else self._model
-        network = open_network(model, tracking_uri=self._tracking_uri)
-        facts = _facts(network, model=self._model, name=name if registered else _last(self._model), version=version)
+    def _load(self, uri: str, registered: RegisteredVersion | None) -> Loaded:
+        network = open_network(uri, tracking_uri=self._tracking_uri)
+        facts = _facts(network, model=self._model, registered=registered)
         network = placed(network, self._device)
-        _try(network, model)
+        _try(network, uri)
         return Loaded(network=network, facts=facts)
 
 
@@ -154,11 +144,11 @@ def weights_digest(network: SRNetwork) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _facts(network: SRNetwork, *, model: str, name: str, version: str | None) -> ModelFacts:
+def _facts(network: SRNetwork, *, model: str, registered: RegisteredVersion | None) -> ModelFacts:
     return ModelFacts(
         model=model,
-        name=name,
-        version=version,
+        name=registered.name if registered else model.rstrip("/").rpartition("/")[2],
+        version=registered.version if registered else None,
         scale=network.config.scale,
         architecture=architecture_name(network.config),
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -176,19 +166,3 @@ def _try(network: SRNetwork, model: str) -> None:
     if sr_NCHW.shape != (1, 3, side, side) or not bool(sr_NCHW.isfinite().all()):
         finite = "" if bool(sr_NCHW.isfinite().all()) else ", not all of them finite"
         raise ModelError(f"{model}: a ramp of {_PROBE_PX_LR} px became {tuple(sr_NCHW.shape)} numbers{finite}")
-
-
-def _alias_of(model: str) -> tuple[str, str] | None:
-    """(name, alias) of `models:/name@alias`; None for any other MODEL."""
-    name, at, alias = model.removeprefix(REGISTRY_PREFIX).partition("@")
-    return (name, alias) if model.startswith(REGISTRY_PREFIX) and at and name and alias else None
-
-
-def _version_of(model: str) -> str | None:
-    """Of `models:/name/version`; None for any other MODEL."""
-    _, _, version = model.removeprefix(REGISTRY_PREFIX).rpartition("/")
-    return version if model.startswith(REGISTRY_PREFIX) and version.isdecimal() else None
-
-
-def _last(model: str) -> str:
-    return model.rstrip("/").rpartition("/")[2]

@@ -51,6 +51,8 @@ class Upscaled:
     """Width and height of what goes out."""
     facts: ModelFacts
     """The version that did it."""
+    num_together: int
+    """How many images went through the network together with it, itself included."""
     elapsed_s: float
     """From the replica's taking it to the finished file, waiting included."""
 

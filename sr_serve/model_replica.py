@@ -71,6 +71,7 @@ class Done:
 
     picture: Picture
     facts: ModelFacts
+    num_together: int
 
 
 Outcome = Done | Refusal
@@ -102,7 +103,7 @@ class ModelReplica:
         start_s = time.perf_counter()
         loop = asyncio.get_running_loop()
         try:
-            read = partial(read_picture, data, name="the image", max_mpx=_MAX_MPX)
+            read = partial(read_picture, data, name="the upload", max_mpx=_MAX_MPX)
             job = Job(picture=await loop.run_in_executor(self._codec_threads, read), order=order)
             check_writable(job.picture, order.format, scale=self._live.current.facts.scale)
             if job.is_small:
@@ -139,6 +140,7 @@ class ModelReplica:
             lr_size_px=_size_px(job.picture),
             sr_size_px=_size_px(outcome.picture),
             facts=outcome.facts,
+            num_together=outcome.num_together,
             elapsed_s=time.perf_counter() - start_s,
         )
 
@@ -166,7 +168,7 @@ def upscale_alike(loaded: Loaded, jobs: Sequence[Job], *, autocast: torch.dtype 
             loaded.network, lr_NHWC, tile_px_lr=order.tile_px_lr, self_ensemble=order.self_ensemble, autocast=autocast
         )
         return [
-            Done(picture=with_upscaled(job.picture, sr_HWC, scale=scale), facts=loaded.facts)
+            Done(picture=with_upscaled(job.picture, sr_HWC, scale=scale), facts=loaded.facts, num_together=len(jobs))
             for job, sr_HWC in zip(jobs, sr_NHWC.cpu().numpy(), strict=True)
         ]
     except _NETWORK_ERRORS as error:
@@ -183,7 +185,7 @@ def check_writable(picture: Picture, file_format: str, *, scale: int) -> None:
     check_sides(scale * width_px, scale * height_px, file_format)
     alpha_HW = picture.alpha_HW if picture.alpha_HW is None else picture.alpha_HW[:1, :1]
     corner = replace(picture, colour_HWC=picture.colour_HWC[:1, :1], alpha_HW=alpha_HW)
-    write_picture(corner, format=file_format, name="the image")
+    write_picture(corner, format=file_format, name="the upload")
 
 
 def _size_px(picture: Picture) -> tuple[int, int]:

@@ -59,10 +59,10 @@ class Ingress:
                 return answer
         except TimeoutError:
             response.cancel()  # type: ignore[no-untyped-call]
-            message = f"the image was not ready within {self._timeout_s:g} s; a smaller one will be (--timeout-s)"
+            message = f"the image was not ready within {self._timeout_s:g} s; a smaller one will be"
             return Refusal(status=504, code="timeout", message=message)
         except BackPressureError:
-            message = "too many images are waiting already; try again in a few seconds (--max-queued)"
+            message = "too many images are waiting already; try again in a few seconds"
             return Refusal(status=503, code="busy", message=message)
         except (RayError, RayServeException) as error:
             print(f"a request failed: {error}", flush=True)
@@ -94,7 +94,7 @@ def serving(model: str, options: ServeOptions, *, tracking_uri: str | None = Non
         tracking_uri = resolve_tracking_uri(tracking_uri)  # a relative SQLite file lies elsewhere for a replica
     elif "://" not in model:
         model = str(Path(model).absolute())
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS") in (None, "", "local"):
         check_port(options.host, options.port)
     open_network(model, tracking_uri=tracking_uri)  # mistakes are said here, not by a process that Serve starts thrice
     connect()
@@ -193,8 +193,8 @@ def _check_neighbours(options: ServeOptions) -> None:
     if (there.host, there.port) != (options.host, options.port):
         raise ServeError(
             f"--host {options.host} --port {options.port}: this cluster's Ray Serve listens on "
-            f"{there.host}:{there.port} for all its applications; to be one of them, give --host {there.host} --port {there.port}, and a "
-            f"--route-prefix"
+            f"{there.host}:{there.port} for all its applications; to be one of them, give --host {there.host} "
+            f"--port {there.port}, and a --route-prefix"
         )
     if options.name in serve.status().applications:
         raise ServeError(f"--name {options.name}: this cluster serves an application of that name already")

@@ -32,7 +32,7 @@ _OTHER_KINDS = {
     b"PK\x03\x04": "a ZIP archive",
 }
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, MemoryError, struct.error,
-           zlib.error, Image.DecompressionBombError)  # fmt: skip
+           zlib.error)  # fmt: skip
 # What Pillow raises on damaged headers; SyntaxError is its word for a broken PNG chunk.
 
 
@@ -82,14 +82,13 @@ async def read_upload(chunks: AsyncIterator[bytes], *, declared: str | None, lim
         message = f"the image did not arrive within {limits.upload_timeout_s:g} s; {len(body):,} bytes of it did"
         raise RefusedError(408, "too_slow", message) from error
     if is_too_large:
-        size = f"{int(declared) / 1e6:,.1f} MB" if declared and declared.isdecimal() else "more"
         num_bytes = len(body)
         del body
         with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
                 while num_bytes < _DRAIN_FACTOR * limits.max_bytes and (chunk := await anext(chunks, None)) is not None:
                     num_bytes += len(chunk)
-        raise RefusedError(413, "too_large", f"the upload is {size}; up to {limits.max_mb:g} MB are taken (--max-mb)")
+        raise RefusedError(413, "too_large", f"the upload is larger than the {limits.max_mb:g} MB that are taken")
     if not body:
         raise RefusedError(400, "empty", f"the request's body is empty; send the image itself. {_ACCEPTED}")
     return bytes(body)
@@ -112,11 +111,14 @@ def read_header(data: bytes, *, limits: UploadLimits) -> ImageHeader:
                 width, height = image.size
                 # Not asked of a JPEG: phones put a second view or a depth map behind the photo.
                 num_frames = 1 if file_format == "JPEG" else getattr(image, "n_frames", 1)
+    except Image.DecompressionBombError as error:
+        message = f"the {_shown(file_format)} image has more pixels than any limit allows"
+        raise RefusedError(413, "too_many_pixels", message) from error
     except _DAMAGE as error:
         raise RefusedError(422, "damaged", f"the {_shown(file_format)} image is damaged ({error})") from error
     if width * height > limits.max_mpx * 1e6:
         size = f"{width:,} x {height:,} px ({width * height / 1e6:,.1f} Mpx)"
-        message = f"the image is {size}; up to {limits.max_mpx:g} Mpx are taken (--max-mpx)"
+        message = f"the image is {size}; up to {limits.max_mpx:g} Mpx are taken"
         raise RefusedError(413, "too_many_pixels", message)
     if num_frames > 1:
         message = f"the {_shown(file_format)} image is an animation of {num_frames} pictures; send a single one"
