@@ -72,6 +72,8 @@ class Options:
     """Alias that the version gets; None for none."""
     licence: str | None = None
     """What the authors allow, for the version's card and tags."""
+    invents_detail: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Say on the card that it was trained to look right: a GAN's weights, or those of a perceptual loss."""
     no_register: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only look: convert, try, score."""
     save: str | None = None
@@ -131,6 +133,7 @@ def import_weights(options: Options) -> None:
             experiment=options.experiment,
             alias=options.alias,
             licence=options.licence,
+            invents_detail=options.invents_detail,
         )
     print(f"registered  {registered_line(version, model, options.alias)}")
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sr_data.pairs import load_pair
 from sr_data.storage import open_store
@@ -17,6 +18,7 @@ from sr_train.model_card import CardFacts, CardScore, CardScores, model_card
 from sr_train.model_registry import NOT_PROMOTABLE_TAG, RegisteredVersion, register_model
 from sr_train.run_facts import run_facts
 from sr_train.tracking import finish_run, start_run
+from sr_train.tracking_server import redact
 
 _SAMPLE_PX_LR = 64
 
@@ -32,28 +34,16 @@ def register_import(
     experiment: str,
     alias: str | None,
     licence: str | None,
+    invents_detail: bool,
 ) -> RegisteredVersion:
     """Registers the folder of `save_import` as a version of `name`, with origin, scores and card, in a run of its own.
 
+    `invents_detail` says that it was trained to look right (a GAN); no file tells that.
     One that is not promotable says so in its tags, and gets no alias. TrackingError if the server refuses.
     """
-    first = evaluations[0]
     origin, facts = origin_tags(model, licence=licence), run_facts()
-    tags = {
-        **origin,
-        "git_sha": facts["git_sha"],
-        "scale": str(first.scale),
-        "protocol": first.protocol,
-        "psnr_db": f"{first.models[1].score.psnr_db:.4f}",
-        "ssim": f"{first.models[1].score.ssim:.4f}",
-        "bicubic_psnr_db": f"{first.bicubic.psnr_db:.4f}",
-        "validation_fingerprint": first.fingerprint,
-    }
-    if model.not_promotable is not None:
-        tags[NOT_PROMOTABLE_TAG] = model.not_promotable
-    manifest = sets[0].manifest
-    pair = load_pair(open_store(manifest.uri), min(manifest.images, key=lambda record: record.name), manifest.scale)
-    side_px_lr, side_px_hr = _SAMPLE_PX_LR, _SAMPLE_PX_LR * manifest.scale
+    lr_HWC, hr_HWC = _sample(sets[0])
+    card = _card(model, evaluations, sets, name=name, licence=licence, invents_detail=invents_detail)
     config = config_to_dict(model.imported.config)
     run = start_run(
         tracking_uri=tracking_uri,
@@ -69,10 +59,10 @@ def register_import(
             run,
             folder,
             name=name,
-            tags=tags,
-            sample_lr_HWC=np.ascontiguousarray(pair.lr_HWC[:side_px_lr, :side_px_lr]),
-            sample_hr_HWC=np.ascontiguousarray(pair.hr_HWC[:side_px_hr, :side_px_hr]),
-            card=model_card(_card(model, evaluations, sets, name=name, licence=licence)),
+            tags={**origin, "git_sha": facts["git_sha"], **_tags(model, evaluations[0])},
+            sample_lr_HWC=lr_HWC,
+            sample_hr_HWC=hr_HWC,
+            card=model_card(card),
             alias=alias if model.not_promotable is None else None,
         )
         registered = [_registered(evaluation, version) for evaluation in evaluations]
@@ -91,6 +81,34 @@ def registered_line(version: RegisteredVersion, model: ImportedModel, alias: str
     return f"{version.uri} ({f'{version.name}@{alias}' if alias is not None else 'without an alias'})"
 
 
+def _tags(model: ImportedModel, first: SetEvaluation) -> dict[str, str]:
+    """As a run's versions have them, of the first set."""
+    score, bicubic = first.models[1].score, first.bicubic
+    tags = {
+        "scale": str(first.scale),
+        "protocol": first.protocol,
+        "psnr_db": f"{score.psnr_db:.4f}",
+        "ssim": f"{score.ssim:.4f}",
+        "bicubic_psnr_db": f"{bicubic.psnr_db:.4f}",
+        "validation_fingerprint": first.fingerprint,
+    }
+    return tags if model.not_promotable is None else {**tags, NOT_PROMOTABLE_TAG: model.not_promotable}
+
+
+def _sample(one: OpenSet) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """LR and HR of the middle of the set's first image, at most `_SAMPLE_PX_LR` square."""
+    manifest = one.manifest
+    record = min(manifest.images, key=lambda record: record.name)
+    pair = load_pair(open_store(manifest.uri), record, manifest.scale)
+    top, left = (max(0, (side - _SAMPLE_PX_LR) // 2) for side in pair.lr_HWC.shape[:2])
+
+    def middle(image_HWC: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+        y, x, side = top * factor, left * factor, _SAMPLE_PX_LR * factor
+        return np.ascontiguousarray(image_HWC[y : y + side, x : x + side])
+
+    return middle(pair.lr_HWC, 1), middle(pair.hr_HWC, manifest.scale)
+
+
 def _registered(evaluation: SetEvaluation, version: RegisteredVersion) -> SetEvaluation:
     """The evaluation as one of the version that was registered after it."""
     bicubic, ours = evaluation.models
@@ -105,10 +123,11 @@ def _card(
     *,
     name: str,
     licence: str | None,
+    invents_detail: bool,
 ) -> CardFacts:
     scores = tuple(
         CardScores(
-            dataset=f"{one.manifest.uri} ({one.manifest.split})",
+            dataset=f"{redact(one.manifest.uri)} [{one.manifest.split}]",
             fingerprint=it.fingerprint,
             num_images=len(it.bicubic.images),
             protocol=it.protocol,
@@ -126,9 +145,13 @@ def _card(
     return CardFacts(
         name=name,
         config=model.imported.config,
-        trained_on=(("imported from", f"{model.file.name}, sha256 {model.file.sha256}"), ("by", model.imported.layout)),
+        trained_on=(
+            ("imported from", f"{model.file.name}, sha256 {model.file.sha256}"),
+            ("layout", model.imported.layout),
+        ),
         recorded=tuple(("import", note) for note in model.notes),
         scores=scores,
+        invents_detail=invents_detail,
         samples=("lr", "bicubic", "sr", "hr"),
         licences=(licence.strip() if licence is not None else unsaid,),
         limits=("Trained elsewhere: on which images, and made small how, this project does not know.", *model.warnings),

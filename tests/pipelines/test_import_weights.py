@@ -69,7 +69,9 @@ def test_a_registered_import_gives_what_the_authors_network_gives(import_weights
     file = saved(theirs.state_dict(), "edsr_theirs_x2.pt")
     options = ("--architecture", "edsr", "--scale", 2, "--tracking-uri", mlflow_server.uri, "--register-as", "imported")
     sets = ("--sets", f"builtin://photos,{tiny_photos}", "--protocol", "psnr@rgb,crop=scale")
-    status, out, err = import_weights(file, *options, *sets, "--licence", "MIT, weights trained on DIV2K")
+    status, out, err = import_weights(
+        file, *options, *sets, "--licence", "MIT, weights trained on DIV2K", "--invents-detail"
+    )
     assert status == 0, err
     assert "EDSR-PyTorch's EDSR" in out
     assert "num_blocks 2, num_channels 6, residual_scaling 1.0, rgb_range 255.0" in out
@@ -96,6 +98,7 @@ def test_a_registered_import_gives_what_the_authors_network_gives(import_weights
     [card] = [path.read_text() for path in folder.rglob("MODEL_CARD.md")]
     assert "MIT, weights trained on DIV2K" in card
     assert file.name in card
+    assert "trained to look right" in card
 
 
 def test_from_object_storage_to_a_folder_that_scores_the_same(look, run_main, s3, tiny_photos):
