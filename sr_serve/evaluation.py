@@ -23,7 +23,16 @@ from sr_data.storage import open_store
 from sr_models.inference import placed, upscale_tensor
 from sr_train.metrics import ImageScore, MetricError, protocol_named, score_image, smallest_side_px
 from sr_train.score_report import ScoreRow, gain_db, score_table
-from sr_train.upscaler import BICUBIC, Upscaler, UpscalerError, device_named, open_network, open_upscaler, pinned
+from sr_train.upscaler import (
+    ALLOWED,
+    BICUBIC,
+    Upscaler,
+    UpscalerError,
+    device_named,
+    open_network,
+    open_upscaler,
+    pinned,
+)
 from sr_train.validation import SetScore, mean_score
 
 CSV_COLUMNS = (
@@ -153,6 +162,8 @@ def open_models(
     `scales` are those asked for: all must have a model (`bicubic` has every scale), and no model may have another.
     Without them the models say. An alias is resolved to its version here, once. Errors as for `open_upscaler`.
     """
+    if not names:
+        raise UpscalerError(f"no model is given; {ALLOWED}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UpscalerError(f"{twice[0]}: is given twice (MODEL)")

@@ -62,7 +62,7 @@ class _Kept:
     """The worst images so far of one set and scale."""
 
     heap: list[tuple[float, int]] = field(default_factory=list)
-    """(minus `badness_db`, number of the image): the first is the best of the worst."""
+    """(minus `rank_db`, minus the image's number): the first is the best of the worst, the last one of equals."""
     pictures: dict[int, Pictures] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
 
@@ -97,9 +97,9 @@ class EvaluationReport:
         prefix = f"{PICTURES_FOLDER}/{_slug(one.name)}-x{one.manifest.scale}/{number + 1:04d}-{_slug(image.pair.name)}"
         kept.pictures[number] = self._write_pictures(prefix, image, one.manifest.scale)
         kept.names[number] = image.pair.name
-        heapq.heappush(kept.heap, (-rank, number))
+        heapq.heappush(kept.heap, (-rank, -number))
         if len(kept.heap) > self._num_pictured:
-            _, ousted = heapq.heappop(kept.heap)
+            ousted = -heapq.heappop(kept.heap)[1]
             del kept.names[ousted]
             for key in kept.pictures.pop(ousted).all_keys():
                 self._store.delete(key)

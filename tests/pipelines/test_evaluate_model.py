@@ -1,5 +1,6 @@
-"""Evaluating a model on sets: the numbers, the JSON file, the table, mistakes."""
+"""Evaluating models on sets: the numbers, the files, the tables, the tags, mistakes."""
 
+import csv
 import json
 import os
 import re
@@ -7,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
-from pipelines import evaluate_model
 from pipelines.evaluate_model import main
 from sr_data.resize import crop_to_multiple, downscale_bicubic
 from sr_data.storage import open_store
@@ -20,9 +22,17 @@ from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.inference import upscale_image
 from sr_models.weights import save_model
+from sr_serve import evaluation
+from sr_serve.score_tags import read_score_tags
 from sr_train.metrics import score_image
+from sr_train.model_registry import register_model
+from sr_train.tracking import start_run
 
 CONFIG = EDSRConfig(scale=2, num_blocks=1, num_channels=4)
+KEYS = [
+    *("model", "version", "self_ensemble", "fingerprint"),
+    *("set", "scale", "protocol", "psnr_db", "ssim", "images"),
+]
 
 
 @pytest.fixture
@@ -33,8 +43,13 @@ def evaluate(run_main):
 
 @pytest.fixture
 def saved_model(tmp_path):
-    save_model(tmp_path / "saved", CONFIG, build_model(CONFIG, seed=0).state_dict())
-    return tmp_path / "saved"
+    return saved(tmp_path / "saved")
+
+
+def saved(folder, scale=2, seed=0):
+    config = EDSRConfig(scale=scale, num_blocks=1, num_channels=4)
+    save_model(folder, config, build_model(config, seed=seed).state_dict())
+    return folder
 
 
 @pytest.mark.parametrize(("scale", "published_db"), [(2, 33.66), (3, 30.39), (4, 28.42)])
@@ -59,7 +74,11 @@ def test_a_model_is_scored_on_each_set_with_bicubic_beside_it(evaluate, saved_mo
     arguments = ("--sets", sets, "--scale", 2, "--protocol", protocol, "--device", "cpu", *flags)
     status, out, err = evaluate(saved_model, *arguments, "--json", tmp_path / "out/scores.json")
     assert status == 0, err
-    first, again = json.loads((tmp_path / "out/scores.json").read_text())
+    bicubic, first, _, again = json.loads((tmp_path / "out/scores.json").read_text())
+    assert list(first) == KEYS
+    assert (bicubic["model"], bicubic["self_ensemble"]) == ("bicubic", False)
+    assert (first["model"], first["version"], first["self_ensemble"]) == (str(saved_model), None, ensemble)
+    assert first["fingerprint"] == again["fingerprint"], "the same images"
     assert (first["set"], again["set"]) == ("tiny_photos", "again")
     assert first["images"] == again["images"]
     model = build_model(CONFIG, seed=0)
@@ -69,12 +88,101 @@ def test_a_model_is_scored_on_each_set_with_bicubic_beside_it(evaluate, saved_mo
         expected = score_image(sr_HWC, hr_HWC, scale=2, protocol=protocol)
         assert (image["psnr_db"], image["ssim"]) == (expected.psnr_db, expected.ssim)
     assert first["psnr_db"] == pytest.approx(np.mean([image["psnr_db"] for image in first["images"]]))
-    heading, columns, *rows = out.splitlines()
-    assert heading == f"{saved_model}  x2  {protocol} (SSIM of Y)"
-    assert columns.split("  ")[0].strip() == "set"
-    assert [row.split()[:3] for row in rows] == [[s["set"], "6", f"{s['psnr_db']:.3f}"] for s in (first, again)]
-    _, _, psnr_db, _, bicubic_db, _, gain_db = rows[0].split()
-    assert float(gain_db) == pytest.approx(float(psnr_db) - float(bicubic_db), abs=0.0011)
+    heading, columns, *rows = out.partition("\n\n")[0].splitlines()
+    assert heading == f"tiny_photos  x2  {protocol} (SSIM of Y)  6 images"
+    assert re.split("  +", columns.strip()) == ["model", "PSNR dB", "SSIM", "gain dB", "s/image"]
+    gain = f"{first['psnr_db'] - bicubic['psnr_db']:+.3f}"
+    label = f"{saved_model} self-ensemble" if ensemble else str(saved_model)
+    (name, *of_bicubic), (model, *of_model) = (re.split("  +", row) for row in rows)
+    assert [name, *of_bicubic[:3]] == ["bicubic", f"{bicubic['psnr_db']:.3f}", f"{bicubic['ssim']:.4f}", "+0.000"]
+    assert [model, *of_model[:3]] == [label, f"{first['psnr_db']:.3f}", f"{first['ssim']:.4f}", gain]
+
+
+def test_models_of_two_scales_are_scored_at_their_own(evaluate, tiny_photos, tmp_path):
+    models = saved(tmp_path / "b", scale=2), saved(tmp_path / "a", scale=2, seed=1), saved(tmp_path / "c", scale=3)
+    arguments = ("--sets", tiny_photos, "--json", "scores.json", "--csv", tmp_path / "out/scores.csv")
+    status, out, err = evaluate(*models, *arguments)
+    assert status == 0, err
+    with open("scores.json") as file:
+        scores = json.load(file)
+    expected = [("bicubic", 2), (str(models[0]), 2), (str(models[1]), 2), ("bicubic", 3), (str(models[2]), 3)]
+    assert [(it["model"], it["scale"]) for it in scores] == expected
+    assert len({it["fingerprint"] for it in scores}) == 2, "a fingerprint is of a set at a scale"
+    assert [table.split("  ")[1] for table in out.split("\n\n")] == ["x2", "x3"]
+    with open(tmp_path / "out/scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    listed = [(it["model"], it["scale"], image) for it in scores for image in it["images"]]
+    assert len(rows) == len(listed) == 5 * 6
+    bicubic_db = {(row["scale"], row["image"]): float(row["psnr_db"]) for row in rows if row["model"] == "bicubic"}
+    for row, (model, scale, image) in zip(rows, listed, strict=True):
+        assert (row["model"], int(row["scale"]), row["image"]) == (model, scale, image["name"])
+        assert (float(row["psnr_db"]), float(row["ssim"])) == (image["psnr_db"], image["ssim"])
+        assert float(row["gain_db"]) == float(row["psnr_db"]) - bicubic_db[row["scale"], row["image"]]
+
+
+def test_bicubic_is_scored_at_every_scale_asked_for(evaluate, tiny_photos):
+    assert evaluate("bicubic", "--sets", tiny_photos, "--scale", "3,2", "--json", "scores.json").status == 0
+    with open("scores.json") as file:
+        assert [it["scale"] for it in json.load(file)] == [2, 3]
+
+
+@pytest.fixture
+def registered(mlflow_server, saved_model, tmp_path, request):
+    """A registered model with the alias champion at its only version, named like the test; its name."""
+    name = f"evaluate-{request.node.name}"
+    run = start_run(tracking_uri=mlflow_server.uri, experiment=name, run_name="run", params={}, tags={}, texts={})
+    sample_HWC = np.zeros((9, 12, 3), np.uint8)
+    register_model(run, saved_model, name=name, tags={}, sample_lr_HWC=sample_HWC, alias="champion")
+    return name
+
+
+def test_scores_become_tags_of_the_version_that_the_alias_meant(
+    evaluate, registered, mlflow_server, tiny_photos, monkeypatch
+):
+    client = MlflowClient(mlflow_server.uri, mlflow_server.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    model = f"models:/{registered}@champion"
+    arguments = (model, "--sets", tiny_photos, "--json", "scores.json")
+    before = dict(client.get_model_version(registered, "1").tags)
+    assert evaluate(*arguments, "--no-tags").status == 0
+    assert client.get_model_version(registered, "1").tags == before
+    status, out, err = evaluate(*arguments)
+    assert status == 0, err
+    with open("scores.json") as file:
+        bicubic, scores = json.load(file)
+    assert (scores["model"], scores["version"]) == (model, "1")
+    assert f"{model} (version 1)" in out
+    [tag] = read_score_tags(client.get_model_version(registered, "1").tags)
+    assert tag.key == "score.tiny_photos.x2.psnr_y_crop_scale"
+    for field in ("set", "scale", "protocol", "psnr_db", "ssim", "fingerprint"):
+        assert getattr(tag, field) == scores[field]
+    assert (tag.bicubic_psnr_db, tag.bicubic_ssim, tag.images) == (bicubic["psnr_db"], bicubic["ssim"], 6)
+    assert evaluate(*arguments, "--self-ensemble").status == 0
+    assert [tag.self_ensemble for tag in read_score_tags(client.get_model_version(registered, "1").tags)] == [
+        False,
+        True,
+    ]
+
+
+def test_what_was_scored_is_there_though_the_registry_refuses_the_tag(
+    evaluate, registered, mlflow_server, tiny_photos, monkeypatch
+):
+    client = MlflowClient(mlflow_server.uri, mlflow_server.uri)
+    original = evaluation.score_image
+
+    def deleting(*arguments, **options):
+        if client.search_model_versions(f"name = '{registered}'"):
+            client.delete_model_version(registered, "1")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "score_image", deleting)
+    arguments = ("--tracking-uri", mlflow_server.uri, "--sets", tiny_photos, "--json", "scores.json")
+    status, out, err = evaluate(f"models:/{registered}/1", *arguments)
+    assert status == 2
+    assert mlflow_server.uri in err and "version=1" in err.replace(" ", "")
+    assert "tiny_photos  x2" in out
+    assert Path("scores.json").exists()
 
 
 def test_sets_and_scores_on_s3(evaluate, s3, tiny_photos):
@@ -113,7 +221,15 @@ def test_shipped_lr_images_are_used(evaluate, tiny_photos, tmp_path):
         (["bicubic", "--sets", "{photos}", "--scale", "0"], ["scale=0", "--scale"]),
         (["bicubic", "--sets", "{photos}", "--scale", "2", "--protocol", "ssim"], ["'ssim'", "--protocol"]),
         (["bicubic", "--sets", "{photos}", "--scale", "2", "--tile", "9"], ["--tile"]),
-        (["bicubic", "--sets", "{photos}"], ["--scale"]),
+        (["bicubic", "--sets", "{photos}"], ["bicubic: has no scale of its own", "--scale"]),
+        (["bicubic", "--sets", "{photos}", "--scale", "2,x"], ["scale='x'", "--scale"]),
+        (["{model}", "--sets", "{photos}", "--scale", "2,3"], ["scale=3: none of the models", "--scale"]),
+        (["{model}", "--sets", "{photos}", "--scale", "3,4"], ["{model}: is an x2 model, not x3 or x4", "--scale"]),
+        (["{model}", "{model}", "--sets", "{photos}"], ["{model}: is given twice"]),
+        (["{model}", "--sets", "{photos}", "--tile-px-lr", "0"], ["tile_px_lr=0", "--tile-px-lr"]),
+        (["bicubic", "--sets", "{photos}", "--scale", "36"], ["photo-", "is too small for psnr@y,crop=scale at x36"]),
+        (["{model}", "--sets", "{photos}", "--html", "r", "--html-images", "-1"], ["-1 images", "--html-images"]),
+        (["--sets", "{photos}", "--scale", "2"], ["no model is given", "MODEL is bicubic"]),
     ],
 )
 def test_mistakes_are_named(evaluate, saved_model, tiny_photos, arguments, messages):
@@ -127,14 +243,13 @@ def test_mistakes_are_named(evaluate, saved_model, tiny_photos, arguments, messa
 def scored(monkeypatch):
     """The images that were scored."""
     names = []
-    original = evaluate_model.score_pairs
+    original = evaluation.score_image
 
-    def score_pairs(upscale, pairs, **protocol):
-        scores = original(upscale, pairs, **protocol)
-        names.extend(score.name for score in scores)
-        return scores
+    def score_image(*images, name, **protocol):
+        names.append(name)
+        return original(*images, name=name, **protocol)
 
-    monkeypatch.setattr(evaluate_model, "score_pairs", score_pairs)
+    monkeypatch.setattr(evaluation, "score_image", score_image)
     return names
 
 
@@ -181,14 +296,22 @@ def test_a_bad_set_is_found_before_the_first_score_and_advises_own_flags(
     assert scored == []
 
 
-@pytest.mark.parametrize("target", ["a-file/scores.json", "a-folder"])
-def test_scores_that_could_not_be_written_are_not_made(evaluate, scored, tiny_photos, tmp_path, target):
+@pytest.mark.parametrize(
+    ("flag", "target"),
+    [
+        *[(flag, target) for flag in ("--json", "--csv") for target in ("a-file/scores", "a-folder")],
+        *[("--html", target) for target in ("a-file/report", "a-page")],
+    ],
+)
+def test_scores_that_could_not_be_written_are_not_made(evaluate, scored, tiny_photos, tmp_path, flag, target):
     (tmp_path / "a-file").write_text("in the way")
     (tmp_path / "a-folder").mkdir()
-    status, out, err = evaluate("bicubic", "--sets", tiny_photos, "--scale", "2", "--json", tmp_path / target)
+    (tmp_path / "a-page").mkdir()
+    (tmp_path / "a-page/index.html").write_text("someone's page")
+    status, out, err = evaluate("bicubic", "--sets", tiny_photos, "--scale", "2", flag, tmp_path / target)
     assert (status, out) == (2, "")
     assert str(tmp_path / target.partition("/")[0]) in err
-    assert "--json" in err
+    assert flag in err
     assert scored == []
 
 
