@@ -15,7 +15,7 @@ from sr_serve.succession import (
     WayBack,
 )
 from sr_train.champion import CHAMPION
-from sr_train.tracking_server import as_tracking_error, check_tracking, connect, redact
+from sr_train.tracking_server import as_tracking_error, check_tracking, connect, redact, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +28,11 @@ def read_model(tracking_uri: str, name: str) -> ModelState:
     """
     if not name or set(name) & set("'\"/:%"):
         raise PromotionError(f"{name!r} is no name of a registered model: give it without models:/, as in edsr-x4")
+    nothing = PromotionError(
+        f"{redact(tracking_uri)} has no registered model {name!r} with a version (MLFLOW_TRACKING_URI, --tracking-uri)"
+    )
+    if tracking_uri.startswith("sqlite:") and not sqlite_path(tracking_uri).exists():
+        raise nothing  # MLflow would make a database there
     check_tracking(tracking_uri)  # MLflow itself would try an unreachable server for minutes
     with as_tracking_error(tracking_uri):
         client = connect(tracking_uri)
@@ -43,10 +48,7 @@ def read_model(tracking_uri: str, name: str) -> ModelState:
             if not token:
                 break
         if not versions:
-            raise PromotionError(
-                f"{redact(tracking_uri)} has no registered model {name!r} with a version (MLFLOW_TRACKING_URI, "
-                f"--tracking-uri)"
-            )
+            raise nothing
         aliases = {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
     return ModelState(name=name, aliases=aliases, versions=versions)
 
