@@ -65,3 +65,15 @@ def test_the_registered_model_upscales_an_image(first_run: tuple[Path, str], mon
     image_NHWC = np.random.default_rng(0).integers(0, 256, (1, 20, 30, 3), dtype=np.uint8)
     upscaled = model.predict(image_NHWC)
     assert upscaled.shape == (1, 40, 60, 3) and upscaled.dtype == np.uint8
+
+
+def test_the_registered_model_says_what_it_is(first_run: tuple[Path, str]) -> None:
+    folder, _ = first_run
+    from mlflow import MlflowClient
+
+    version = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").get_model_version("edsr-x2", "1")
+    assert "builtin://photos [train]" in version.description and "CC BY 2.0" in version.description
+    assert f"| this model | {result_of(folder)['psnr_db']:.3f} |" in version.description
+    (card,) = folder.glob("mlartifacts/**/MODEL_CARD.md")
+    assert {path.stem for path in (card.parent / "samples").iterdir()} == {"lr", "bicubic", "sr", "hr"}
+    assert (card.parent / "onnx" / "model.onnx").is_file()
