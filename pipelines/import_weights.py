@@ -3,7 +3,7 @@
     python pipelines/import_weights.py edsr_baseline_x4-6b446fab.pt --architecture edsr --scale 4
 
 FILE is a path or s3://bucket/key (.pt, .pth, .safetensors); nothing in it is run. Read are the layouts of EDSR-PyTorch
-and BasicSR for EDSR, and of SRGAN-PyTorch (Lornatang) for SRResNet: docs/importing.md.
+and BasicSR for EDSR, of SRGAN-PyTorch (Lornatang) and SRGAN (leftthomas) for SRResNet: docs/importing.md.
 """
 
 import sys

@@ -14,6 +14,8 @@ from sr_models.errors import ModelError
 from sr_models.network import ModelConfig
 
 Kind = Literal["conv", "conv without bias", "norm", "prelu"]
+"""A layer's tensors. Where ours has a convolution without bias before a BatchNorm and theirs has one with, it is a
+"conv": `finish` puts the bias into the BatchNorm's mean."""
 _TENSORS: Mapping[Kind, tuple[str, ...]] = {
     "conv": ("weight", "bias"),
     "conv without bias": ("weight",),
@@ -92,6 +94,8 @@ class Layout:
     """(blocks, stages) → all layers."""
     finish: Callable[[Found, Given], Imported]
     """Tensors by our keys → a network that computes the same: config, and whatever values have to change."""
+    first_block: int = 0
+    """Number of the first residual block in `block`."""
     extras: tuple[str, ...] = ()
     """Keys beside the layers that a file has either all or none of; `finish` reads them."""
 
@@ -109,7 +113,7 @@ class Inexpressible:
 
 def find(layout: Layout, tensors: Mapping[str, Tensor]) -> Found:
     """Sorts the tensors out by the layout's names. ForeignWeightsError lists the keys that are missing or too many."""
-    num_blocks = num_indexed(layout.block + ".weight", tensors)
+    num_blocks = max(0, num_indexed(layout.block + ".weight", tensors) - layout.first_block)
     stages = [key for index in range(6) if (key := layout.stage(index) + ".weight") in tensors]
     scale = math.prod(_factor(tensors[key]) for key in stages)
     names: dict[str, str] = {}

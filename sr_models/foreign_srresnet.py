@@ -5,20 +5,22 @@
 | SRGAN-PyTorch (Lornatang), since October 2022: `conv1`, `conv2`, `conv3` | [0, 1] in; its last convolution gives [0, 1], then clamped | gives [-1, 1], mapped by (y + 1) / 2: the last convolution's weight is doubled, its bias doubled less 1. Not clamped, so the same image once clamped to 8 bits |
 | the same, April to October 2022: `conv_block1` … `conv_block3` | the same | the same |
 | the same, end of 2021 to April 2022: stages of the upsampling in one `Sequential` | the same, not clamped | the same |
+| SRGAN (leftthomas), since May 2019: `block1` … `block8`, five residual blocks | [0, 1] in; ends in (tanh(y) + 1) / 2; biases before BatchNorm | `output` is "tanh"; a bias before BatchNorm shifts what its mean is taken of, so the running mean takes it over |
 
-The convolutions before BatchNorm have no bias there, as here. A file with such a bias, or with a slope per channel in
-PReLU, is no file of these layouts and is refused.
+The convolutions before BatchNorm have no bias in SRGAN-PyTorch, as here. A file with such a bias, or with a slope per
+channel in PReLU, is no file of that layout and is refused.
 
-Not expressible, and refused with the reason (`INEXPRESSIBLE`): a network that ends in tanh is no linear map of ours,
-and one that takes standardised images or [-1, 1] pads its first convolution with another colour than black, so its
-borders differ whatever is done to the weights.
+Not expressible, and refused with the reason (`INEXPRESSIBLE`): a network that takes standardised images or [-1, 1] pads
+its first convolution with another colour than black, so its borders differ whatever is done to the weights.
 """  # noqa: E501
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from sr_models.foreign_layout import (
     COUNTER,
@@ -46,6 +48,24 @@ class _Names:
     """Index of an upsampling stage → its PReLU."""
 
 
+def _tanh_layers(num_blocks: int, num_stages: int) -> Iterator[Layer]:
+    yield Layer(ours="head.0", theirs="block1.0", kind="conv")
+    yield Layer(ours="head.1", theirs="block1.1", kind="prelu")
+    for block in range(num_blocks):
+        ours, theirs = f"blocks.{block}", f"block{block + 2}"
+        yield Layer(ours=f"{ours}.conv1", theirs=f"{theirs}.conv1", kind="conv")
+        yield Layer(ours=f"{ours}.norm1", theirs=f"{theirs}.bn1", kind="norm")
+        yield Layer(ours=f"{ours}.activation", theirs=f"{theirs}.prelu", kind="prelu")
+        yield Layer(ours=f"{ours}.conv2", theirs=f"{theirs}.conv2", kind="conv")
+        yield Layer(ours=f"{ours}.norm2", theirs=f"{theirs}.bn2", kind="norm")
+    yield Layer(ours="body_end.0", theirs=f"block{num_blocks + 2}.0", kind="conv")
+    yield Layer(ours="body_end.1", theirs=f"block{num_blocks + 2}.1", kind="norm")
+    for stage in range(num_stages):
+        yield Layer(ours=f"upsampler.{3 * stage}", theirs=f"block8.{stage}.conv", kind="conv")
+        yield Layer(ours=f"upsampler.{3 * stage + 2}", theirs=f"block8.{stage}.prelu", kind="prelu")
+    yield Layer(ours="tail", theirs=f"block8.{num_stages}", kind="conv")
+
+
 def _layers(names: _Names, num_blocks: int, num_stages: int) -> Iterator[Layer]:
     conv = names.conv
     yield Layer(ours="head.0", theirs=f"{conv}1.0", kind="conv")
@@ -65,24 +85,49 @@ def _layers(names: _Names, num_blocks: int, num_stages: int) -> Iterator[Layer]:
     yield Layer(ours="tail", theirs=f"{conv}3", kind="conv")
 
 
-def _finish(title: str, found: Found, given: Given) -> Imported:
-    for name, value in (("residual-scaling", given.residual_scaling), ("rgb-range", given.rgb_range)):
-        if value is not None:
-            raise ForeignWeightsError(f"--{name} {value:g}: is of EDSR; an SRResNet has no such value")
+def _finish_linear(title: str, found: Found, given: Given) -> Imported:
     state = dict(found.state)
     # Theirs ends in y, ours in (z + 1) / 2: z = 2y - 1.
     state["tail.weight"] = 2.0 * state["tail.weight"]
     state["tail.bias"] = 2.0 * state["tail.bias"] - 1.0
-    notes = ["its last convolution gives [0, 1], ours [-1, 1]: weight doubled, bias doubled less 1"]
+    note = "its last convolution gives [0, 1], ours [-1, 1]: weight doubled, bias doubled less 1"
+    return _finish(title, found, given, state, output="linear", notes=[note])
+
+
+def _finish_tanh(title: str, found: Found, given: Given) -> Imported:
+    state = dict(found.state)
+    norms = {f"blocks.{block}.conv{i}": f"blocks.{block}.norm{i}" for block in range(found.num_blocks) for i in (1, 2)}
+    for conv, norm in (*norms.items(), ("body_end.0", "body_end.1")):
+        state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - state.pop(f"{conv}.bias")
+    note = "biases before BatchNorm, which ours does not have, taken into BatchNorm's mean"
+    return _finish(title, found, given, state, output="tanh", notes=["ends in tanh", note])
+
+
+def _finish(
+    title: str,
+    found: Found,
+    given: Given,
+    state: dict[str, Tensor],
+    *,
+    output: Literal["linear", "tanh"],
+    notes: list[str],
+) -> Imported:
+    for name, value in (("residual-scaling", given.residual_scaling), ("rgb-range", given.rgb_range)):
+        if value is not None:
+            raise ForeignWeightsError(f"--{name} {value:g}: is of EDSR; an SRResNet has no such value")
     norms = [key.removesuffix("running_mean") for key in state if key.endswith(".running_mean")]
     without = [norm for norm in norms if norm + COUNTER not in state]
     if without:
         state |= {norm + COUNTER: torch.zeros((), dtype=torch.int64) for norm in without}
-        notes.append(f"{COUNTER} of {len(without)} BatchNorms set to 0: the file has none, and nothing depends on it")
+        notes = [
+            *notes,
+            f"{COUNTER} of {len(without)} BatchNorms set to 0: the file has none, and nothing depends on it",
+        ]
     config = SRResNetConfig(
         scale=found.scale,  # type: ignore[arg-type]  # checked by the config itself
         num_blocks=found.num_blocks,
         num_channels=found.num_channels,
+        output=output,
     )
     return Imported(layout=title, config=config, state=state, notes=tuple(notes))
 
@@ -96,7 +141,7 @@ def _layout(names: _Names) -> Layout:
         block="trunk.{}.rcb.0",
         stage=names.stage,
         layers=partial(_layers, names),
-        finish=partial(_finish, title),
+        finish=partial(_finish_linear, title),
     )
 
 
@@ -125,17 +170,31 @@ SRGAN_PYTORCH_2021 = _layout(
     )
 )
 
+_LEFTTHOMAS = "SRGAN's generator (leftthomas, since May 2019)"
+SRGAN_LEFTTHOMAS = Layout(
+    title=_LEFTTHOMAS,
+    # Always five residual blocks, so that the upsampling is the eighth block.
+    marks=("block1.0.weight", "block2.conv1.weight", "block7.1.running_mean", "block8.0.conv.weight"),
+    head="block1.0",
+    block="block{}.conv1",
+    first_block=2,
+    stage=lambda index: f"block8.{index}.conv",
+    layers=_tanh_layers,
+    finish=partial(_finish_tanh, _LEFTTHOMAS),
+)
+
 INEXPRESSIBLE = (
     Inexpressible(
-        title="SRGAN's generator (leftthomas)",
+        title="SRGAN's generator (leftthomas, before May 2019)",
         marks=("block1.0.weight", "block2.conv1.weight", "block8.0.conv.weight"),
-        reason="it ends in (tanh(y) + 1) / 2; this project's SRResNet has no tanh, and no weights give one",
+        reason="its residual blocks are followed by a PReLU, where this project's SRResNet, like the paper's, has a "
+        "BatchNorm",
     ),
     Inexpressible(
         title="the SRResNet of a-PyTorch-Tutorial-to-Super-Resolution (sgrvinod)",
         marks=("conv_block1.conv_block.0.weight", "residual_blocks.0.conv_block1.conv_block.0.weight"),
-        reason="it takes images standardised by ImageNet's mean and deviation, and ends in tanh; this project's "
-        "SRResNet takes [0, 1] and has no tanh",
+        reason="it takes images standardised by ImageNet's mean and deviation, so its first convolution pads with "
+        "another colour than black; this project's SRResNet takes [0, 1]",
     ),
     Inexpressible(
         title="BasicSR's MSRResNet",

@@ -23,7 +23,13 @@ from sr_models.foreign_layout import (
     find,
     some,
 )
-from sr_models.foreign_srresnet import INEXPRESSIBLE, SRGAN_PYTORCH, SRGAN_PYTORCH_2021, SRGAN_PYTORCH_2022
+from sr_models.foreign_srresnet import (
+    INEXPRESSIBLE,
+    SRGAN_LEFTTHOMAS,
+    SRGAN_PYTORCH,
+    SRGAN_PYTORCH_2021,
+    SRGAN_PYTORCH_2022,
+)
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "edsr": {"edsr-pytorch": EDSR_PYTORCH, "basicsr": BASICSR},
@@ -31,6 +37,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         "srgan-pytorch": SRGAN_PYTORCH,
         "srgan-pytorch-2022": SRGAN_PYTORCH_2022,
         "srgan-pytorch-2021": SRGAN_PYTORCH_2021,
+        "srgan-leftthomas": SRGAN_LEFTTHOMAS,
     },
 }
 """Architecture → name of a layout → the layout."""

@@ -33,6 +33,11 @@ def srgan(**changes: object) -> SrganPyTorch:
     return SrganPyTorch(**{"scale": 2, **changes})
 
 
+def tanh(**changes: object) -> TanhGenerator:
+    torch.manual_seed(0)
+    return TanhGenerator(**{"scale": 2, **changes})
+
+
 def ours(imported: Imported) -> nn.Module:
     network = build_model(imported.config, seed=1)
     network.load_state_dict(imported.state)
@@ -71,7 +76,20 @@ def test_an_srresnet_gives_the_same_images(names, scale):
     theirs = srgan(names=names, scale=scale, num_blocks=3)
     imported = convert(theirs.state_dict(), architecture_name="srresnet", scale=scale)
     assert_same_images(theirs, imported)
-    assert config_to_dict(imported.config) == {"scale": scale, "num_blocks": 3, "num_channels": 6}
+    assert config_to_dict(imported.config) == {
+        "scale": scale,
+        "num_blocks": 3,
+        "num_channels": 6,
+        "output": "linear",
+    }
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_generator_that_ends_in_tanh_and_has_biases_before_batch_norm_gives_the_same_images(scale):
+    theirs = tanh(scale=scale)
+    imported = convert(theirs.state_dict(), architecture_name="srresnet", scale=scale)
+    assert_same_images(theirs, imported)
+    assert config_to_dict(imported.config) == {"scale": scale, "num_blocks": 5, "num_channels": 6, "output": "tanh"}
 
 
 def test_the_pixel_range_is_read_from_the_mean_shift():
@@ -214,7 +232,8 @@ NAN = torch.tensor([float("nan"), 0.0, 0.0])
         (lambda: srgan(scale=8).state_dict(), {**SRRESNET, "scale": 8}, ["x8 network; this project's are x2, x3, x4"]),
         (lambda: edsr_pytorch().state_dict(), SRRESNET, ["EDSR-PyTorch's EDSR", "--architecture edsr"]),
         (lambda: srgan().state_dict(), EDSR, ["SRGAN-PyTorch's SRResNet", "--architecture srresnet"]),
-        (lambda: TanhGenerator().state_dict(), SRRESNET, ["leftthomas", "can't be imported", "tanh"]),
+        (lambda: without(tanh().state_dict(), "block6.bn2.bias"), SRRESNET, ["leftthomas", "missing: block6.bn2.bias"]),
+        (lambda: tanh(old=True).state_dict(), SRRESNET, ["before May 2019", "can't be imported", "a PReLU, where"]),
         (lambda: nn.Linear(2, 2).state_dict(), EDSR, ["no known layout of 'edsr': weight, bias", "BasicSR's EDSR"]),
         (lambda: ours(convert(srgan().state_dict(), **SRRESNET)).state_dict(), SRRESNET, ["this project's own"]),
         (

@@ -155,11 +155,7 @@ class SrganPyTorch(nn.Module):
             self.upsampling = nn.Sequential(*(layer for stage in stages for layer in stage.upsample_block))
         else:
             self.upsampling = nn.Sequential(*stages)
-        for norm in (it for it in self.modules() if isinstance(it, nn.BatchNorm2d)):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.3)
-            nn.init.normal_(norm.running_mean, std=0.3)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+        randomise_norms(self)
         pass_through(head[0], body_end[1], [stage.upsample_block[0] for stage in stages], tail)
         self.eval()
 
@@ -172,20 +168,59 @@ class SrganPyTorch(nn.Module):
     upscale = forward
 
 
-class TanhGenerator(nn.Module):
-    """leftthomas/SRGAN, model.py, with one block: it ends in tanh."""
+class TanhBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.prelu = conv(channels, channels), nn.BatchNorm2d(channels), nn.PReLU()
+        self.conv2, self.bn2 = conv(channels, channels), nn.BatchNorm2d(channels)
 
-    def __init__(self, channels: int = 4) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(x)))))
+
+
+class TanhStage(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.prelu = conv(channels, 4 * channels), nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prelu(nn.functional.pixel_shuffle(self.conv(x), 2))
+
+
+class TanhGenerator(nn.Module):
+    """leftthomas/SRGAN, model.py, since May 2019, or (`old`) before: images in [0, 1] in and out."""
+
+    def __init__(self, *, scale: int, channels: int = 6, old: bool = False) -> None:
         super().__init__()
         self.block1 = nn.Sequential(conv(3, channels, 9), nn.PReLU())
-        self.block2 = nn.Module()
-        self.block2.conv1, self.block2.bn1 = conv(channels, channels), nn.BatchNorm2d(channels)
-        self.block2.prelu, self.block2.conv2 = nn.PReLU(), conv(channels, channels)
-        self.block2.bn2 = nn.BatchNorm2d(channels)
-        self.block3 = nn.Sequential(conv(channels, channels), nn.BatchNorm2d(channels))
-        stage = nn.Module()
-        stage.conv, stage.prelu = conv(channels, 4 * channels), nn.PReLU()
-        self.block8 = nn.Sequential(stage, conv(channels, 3, 9))
+        for number in range(2, 7):
+            self.add_module(f"block{number}", TanhBlock(channels))
+        self.block7 = nn.Sequential(conv(channels, channels), nn.PReLU() if old else nn.BatchNorm2d(channels))
+        stages = [TanhStage(channels) for _ in shuffle_stages(scale)]
+        self.block8 = nn.Sequential(*stages, conv(channels, 3, 9))
+        randomise_norms(self)
+        pass_through(self.block1[0], self.block7[1], [stage.conv for stage in stages], self.block8[-1])
+        with torch.no_grad():  # [0, 1] → [-1, 1], nearly: what tanh then bends
+            self.block8[-1].weight *= 2.0
+            self.block8[-1].bias -= 1.0
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        head = x = self.block1(x)
+        for number in range(2, 8):
+            x = getattr(self, f"block{number}")(x)
+        return (torch.tanh(self.block8(x + head)) + 1.0) / 2.0
+
+    upscale = forward
+
+
+def randomise_norms(network: nn.Module) -> None:
+    """Statistics and affine values as after training."""
+    for norm in (it for it in network.modules() if isinstance(it, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.3)
+        nn.init.normal_(norm.running_mean, std=0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
 
 
 @torch.no_grad()
