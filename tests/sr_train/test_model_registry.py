@@ -159,7 +159,7 @@ def test_a_card_is_set_on_the_version_that_is_there_and_kept_where_none_is_given
         assert version.version == "1"
         return str(client.get_model_version("cards", "1").description)
 
-    assert described("# First\n") == "# First\n"
+    assert described("# First") == "# First"
     assert described("# models:/cards/VERSION") == "# models:/cards/1"
     assert described(None) == "# models:/cards/1"
 
