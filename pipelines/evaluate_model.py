@@ -9,6 +9,7 @@ made by bicubic). Each model is scored at its own scale. The scores of a registe
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -31,7 +32,7 @@ USER_ERRORS = (DataError, StorageError, ModelError, CheckpointError, MetricError
 class Options:
     """The command line."""
 
-    models: tyro.conf.Positional[tuple[str, ...]]
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL …]")]
     """bicubic, a checkpoint (….safetensors), a saved model's folder, models:/name@alias or models:/name/version."""
     sets: str
     """Folders or URIs of the sets, separated by commas."""

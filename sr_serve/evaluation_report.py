@@ -22,9 +22,10 @@ from PIL import Image
 from sr_data.decode import encode_png
 from sr_data.errors import StorageError
 from sr_data.storage import Store, open_store
-from sr_serve.evaluation import OpenSet, ScoredImage, SetEvaluation
+from sr_serve.evaluation import OpenModel, OpenSet, ScoredImage, SetEvaluation
 from sr_train.metrics import ImageScore, luma, protocol_named
 from sr_train.score_report import format_seconds, gain_db
+from sr_train.upscaler import REGISTRY_PREFIX
 
 INDEX_FILE = "index.html"
 PICTURES_FOLDER = "images"
@@ -153,7 +154,7 @@ class EvaluationReport:
         """What the page shows of one set at one scale, as the template takes it."""
         kept = self._kept.get((evaluation.set, evaluation.scale), _Kept())
         pictures = {kept.names[at]: of_image for at, of_image in kept.pictures.items()}
-        labels = [it.model.label for it in evaluation.models]
+        short = _short([it.model for it in evaluation.models])
         per_image = list(zip(*(it.score.images for it in evaluation.models), strict=True))
         per_image.sort(key=lambda scores: (rank_db(scores), scores[0].name))
         main = _main(per_image[0])
@@ -165,15 +166,15 @@ class EvaluationReport:
             "protocol": evaluation.protocol,
             "fingerprint": evaluation.fingerprint,
             "main": main,
-            "ranked_by": f"gain of {labels[main]} over bicubic" if main else "PSNR of bicubic",
+            "ranked_by": f"gain of {short[main]} over bicubic" if main else "PSNR of bicubic",
             "models": [
                 {
                     "label": it.model.label,
-                    "short": short,
+                    "short": name,
                     **_cells(it.score.psnr_db, it.score.ssim, evaluation.bicubic.psnr_db),
                     "seconds": format_seconds(it.seconds_per_image),
                 }
-                for it, short in zip(evaluation.models, _short(labels), strict=True)
+                for it, name in zip(evaluation.models, short, strict=True)
             ],
             "images": [
                 {
@@ -230,10 +231,20 @@ def _cells(psnr_db: float, ssim: float, bicubic_psnr_db: float) -> dict[str, Any
     }
 
 
-def _short(labels: Sequence[str]) -> list[str]:
-    """The last part of each label, where that tells them apart: headings and buttons have little room."""
-    short = [label.removeprefix("models:/").rstrip("/").rpartition("/")[2] for label in labels]
-    return short if len(set(short)) == len(short) else list(labels)
+def _short(models: Sequence[OpenModel]) -> list[str]:
+    """What tells the models apart in headings and buttons, which have little room: the last parts of a path, as many as
+    it takes, and a registered model without the version that its alias meant.
+    """
+    names = [model.upscaler.name.rstrip("/") for model in models]
+    longest = max(name.count("/") for name in names) + 1
+    for num_parts in range(1, longest + 1):
+        short = [
+            name.removeprefix(REGISTRY_PREFIX) if model.registered else "/".join(name.split("/")[-num_parts:])
+            for model, name in zip(models, names, strict=True)
+        ]
+        if len(set(short)) == len(short):
+            return short
+    return names
 
 
 def _thumbnail(image_HWC: NDArray[np.uint8]) -> bytes:

@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +230,20 @@ def test_the_table_sorts_and_every_picture_loads(models, tiny_photos, tmp_path, 
     assert page.evaluate("document.querySelectorAll('[onerror]').length") == 0
     summary = page.locator(".summary tbody th").all_inner_texts()
     assert summary == ["bicubic", *models]
+
+
+def test_headings_tell_models_of_one_name_apart(tiny_photos, tmp_path):
+    names = [str(tmp_path / f"{run}/checkpoints/best") for run in ("one", "two")]
+    for seed, name in enumerate(names):
+        save_model(Path(name), CONFIG, build_model(CONFIG, seed=seed).state_dict())
+    make_report(tmp_path / "report", names, tiny_photos, num_pictured=0)
+    page = (tmp_path / "report/index.html").read_text()
+    assert re.findall(r'class="of-model"[^>]*>(.*?)<', page) == [
+        "bicubic",
+        "one/checkpoints/best",
+        "two/checkpoints/best",
+    ]
+    assert not (tmp_path / "report/images").exists()
 
 
 def test_a_phone_scrolls_down_only(models, tiny_photos, tmp_path, open_report):
