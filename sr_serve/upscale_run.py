@@ -162,6 +162,7 @@ def _maker(network: SRNetwork, images: Sequence[Image], work: Work, options: Ups
     from sr_serve.ray_upscale import make_on_cluster
     from sr_train.ray_cluster import cluster_facts, connect
 
+    print("  on        a Ray cluster, which is joined or started …", flush=True)
     connect()
     pool = size_pool(
         cluster_facts(),
@@ -171,7 +172,7 @@ def _maker(network: SRNetwork, images: Sequence[Image], work: Work, options: Ups
         gpus_per_actor=options.gpus_per_actor,
         cpus_per_actor=options.cpus_per_actor,
     )
-    print(f"  on        {pool}", flush=True)
+    print(f"            {pool}", flush=True)
     return partial(make_on_cluster, network, images, work, pool)
 
 

@@ -124,7 +124,7 @@ def test_a_folder_then_what_was_bad(upscale, model, photos, tmp_path, how, reque
         assert (target / made).read_bytes() == expected(model, photos, key), key
     assert "5 of 6 images" in out and "ignored   1 files" in out and "bad.png: is not an image" in out
     assert "6/6 images" in err and "1 bad" in err
-    assert ("on        1 actor with 0.5 CPUs each" in out) == (how != HERE)
+    assert ("1 actor with 0.5 CPUs each" in out) == (how != HERE)
     failed = json.loads((target / "upscale_images_failed.json").read_text())
     assert list(failed) == ["bad.png"] and failed["bad.png"].startswith("bad.png: is not an image")
 
