@@ -198,7 +198,7 @@ def score_import(
 def score_warnings(evaluations: Sequence[SetEvaluation]) -> tuple[str, ...]:
     """A sentence for each set on which the model is far below bicubic."""
     return tuple(
-        f"{gain_db:+.2f} dB to bicubic on {it.set}: a GAN's weights, weights for another reduction than bicubic, or wrong options"
+        f"{gain_db:+.2f} dB to bicubic on {it.set}: a GAN's, or for another reduction than bicubic, or wrong options"
         for it in evaluations
         if (gain_db := it.models[1].score.psnr_db - it.bicubic.psnr_db) < -FAR_BELOW_BICUBIC_DB
     )
