@@ -33,6 +33,8 @@ class SRResNetConfig:
     """Residual blocks, at least 1."""
     num_channels: int = 64
     """Feature channels, at least 1."""
+    output: Literal["linear", "tanh"] = "linear"
+    """Whether the last layer's values pass through tanh: the paper says nothing of it, some reimplementations do so."""
 
     def __post_init__(self) -> None:
         if self.scale not in UPSAMPLER_STAGES:
@@ -40,6 +42,8 @@ class SRResNetConfig:
         for name, count in (("num_blocks", self.num_blocks), ("num_channels", self.num_channels)):
             if count < 1:
                 raise ModelError(f"model.{name}={count} must be at least 1 (--model.{name.replace('_', '-')})")
+        if self.output not in ("linear", "tanh"):
+            raise ModelError(f"model.output={self.output!r} is not one of linear, tanh (--model.output)")
 
 
 def _conv(in_channels: int, out_channels: int, *, kernel_px: int = 3, bias: bool = True) -> nn.Conv2d:
@@ -103,6 +107,8 @@ class SRResNet(SRNetwork):
         head_NCHW: Tensor = self.head(lr_NCHW)
         body_NCHW: Tensor = self.body_end(self.blocks(head_NCHW)) + head_NCHW
         output_NCHW: Tensor = self.tail(self.upsampler(body_NCHW))
+        if self.config.output == "tanh":
+            output_NCHW = torch.tanh(output_NCHW)
         return torch.add(0.5, output_NCHW.to(self.tail.weight.dtype), alpha=0.5)
 
 
