@@ -41,9 +41,9 @@ class Options:
 
 def main(arguments: Sequence[str]) -> None:
     """Parses, serves until Ctrl-C or SIGTERM. Exits with 2 and a message on what the user can mend."""
-    options = tyro.cli(Options, args=list(arguments), prog="serve_model.py", description=__doc__)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways of ending it are one
     try:
+        options = tyro.cli(Options, args=list(arguments), prog="serve_model.py", description=__doc__)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways of ending it are one
         with serving(options.model, options.serving, tracking_uri=options.tracking_uri) as url:
             print(f"{options.model} is at {url}  (API: {url}docs; Ctrl-C ends it)", flush=True)
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in place

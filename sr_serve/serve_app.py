@@ -1,85 +1,32 @@
 """The Ray Serve application: one process for HTTP, replicas of the model behind it, started and ended as a whole."""
 
-import asyncio
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client  # the only way to ask a Serve that runs already for its address
-from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
-from sr_serve.http_api import make_api
-from sr_serve.messages import ModelFacts, Order, Refusal, Upscaled
+from sr_serve.ingress import Ingress
+from sr_serve.model_replica import ModelReplica, ReplicaOptions
 from sr_serve.serve_options import ServeError, ServeOptions
 from sr_serve.uploads import UploadLimits
 from sr_train.ray_cluster import cluster_facts, connect
 from sr_train.tracking_server import resolve_tracking_uri
 from sr_train.upscaler import REGISTRY_PREFIX, open_network
 
-_FACTS_TIMEOUT_S = 2.0
 _SHUTDOWN_S = 10.0
 _MAX_CLIENTS = 200
 """Who may be connected at once, most of them sending or waiting; those beyond wait for one to leave."""
-_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-
-
-class Ingress:
-    """Takes uploads in, hands them to the replicas of the model, and answers for them where they can't."""
-
-    def __init__(
-        self, replicas: DeploymentHandle[Any], limits: UploadLimits, *, tile_px_lr: int, timeout_s: float
-    ) -> None:
-        self._replicas = replicas
-        self._limits = limits
-        self._tile_px_lr = tile_px_lr
-        self._timeout_s = timeout_s
-        self._facts: ModelFacts | None = None
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Ray Serve asks for it once the object is made."""
-        return make_api(self, self._limits, tile_px_lr=self._tile_px_lr)
-
-    async def upscale(self, data: bytes, order: Order) -> Upscaled | Refusal:
-        """See `sr_serve.http_api.Backend`."""
-        response = self._replicas.upscale.remote(data, order)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                answer: Upscaled | Refusal = await response
-                return answer
-        except TimeoutError:
-            response.cancel()  # type: ignore[no-untyped-call]
-            message = f"the image was not ready within {self._timeout_s:g} s; a smaller one will be"
-            return Refusal(status=504, code="timeout", message=message)
-        except BackPressureError:
-            message = "too many images are waiting already; try again in a few seconds"
-            return Refusal(status=503, code="busy", message=message)
-        except (RayError, RayServeException) as error:
-            print(f"a request failed: {error}", flush=True)
-            message = "the process that holds the model failed and is being started again; try again in a minute"
-            return Refusal(status=503, code="model_lost", message=message)
-
-    async def facts(self) -> ModelFacts | None:
-        """See `sr_serve.http_api.Backend`; as last heard, if all replicas have their hands full."""
-        response = self._replicas.facts.remote()
-        try:
-            async with asyncio.timeout(_FACTS_TIMEOUT_S):
-                self._facts = await response
-        except (TimeoutError, BackPressureError):
-            response.cancel()  # type: ignore[no-untyped-call]
-        except (RayError, RayServeException):
-            self._facts = None
-        return self._facts
+# Not even warnings: there is one for each request that is turned away.
+_QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
 @contextmanager
@@ -90,13 +37,14 @@ def serving(model: str, options: ServeOptions, *, tracking_uri: str | None = Non
     application is ended. ServeError if address, name, route or resources are not to be had; what `open_network` raises
     if MODEL can't be opened.
     """
-    if model.startswith(REGISTRY_PREFIX):
-        tracking_uri = resolve_tracking_uri(tracking_uri)  # a relative SQLite file lies elsewhere for a replica
-    elif "://" not in model:
-        model = str(Path(model).absolute())
     if os.environ.get("RAY_ADDRESS") in (None, "", "local"):
         check_port(options.host, options.port)
     open_network(model, tracking_uri=tracking_uri)  # mistakes are said here, not by a process that Serve starts thrice
+    # The replicas have another working directory.
+    if model.startswith(REGISTRY_PREFIX):
+        tracking_uri = resolve_tracking_uri(tracking_uri)
+    elif "://" not in model:
+        model = str(Path(model).absolute())
     connect()
     _check_neighbours(options)
     num_cpus = _cpus_per_replica(options)
@@ -135,8 +83,6 @@ def check_port(host: str, port: int) -> None:
 
 
 def _application(model: str, options: ServeOptions, *, tracking_uri: str | None, num_cpus: int) -> serve.Application:
-    from sr_serve.model_replica import ModelReplica, ReplicaOptions  # PyTorch: not for the process that serves HTTP
-
     replicas = serve.deployment(
         name="model",
         num_replicas=options.num_replicas,
