@@ -187,7 +187,7 @@ def _upscale_bicubic(lr_HWC: ImageHWC, scale: int) -> torch.Tensor:
 
 
 def device_named(name: str) -> torch.device:
-    """"auto" is the GPU if there is one, else the CPU; UpscalerError if the machine has no such device."""
+    """ "auto" is the GPU if there is one, else the CPU; UpscalerError if the machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
