@@ -66,12 +66,14 @@ def test_the_worst_images_have_pictures_and_all_have_numbers(models, tiny_photos
     assert set(re.findall(r'(?:src|data-src)="([^"]*)"', page)) == files, "no file without use, no use without file"
 
 
-def test_equally_bad_images_are_pictured_in_the_order_of_the_table(models, tiny_photos, tmp_path):
+def test_of_equally_bad_images_the_first_in_the_table_are_pictured(models, tiny_photos, tmp_path):
+    [evaluation] = make_report(tmp_path / "first", models, tiny_photos, num_pictured=0)
+    worst, *_, best = worst_first(evaluation)
     (tmp_path / "photos").mkdir()
-    for name in ("b", "c", "a"):
-        shutil.copy(tiny_photos / "photo-1.png", tmp_path / f"photos/{name}.png")
+    for name, source in {"b": best, "c": best, "a": best, "z": worst}.items():
+        shutil.copy(tiny_photos / f"{source}.png", tmp_path / f"photos/{name}.png")
     make_report(tmp_path / "report", models, tmp_path / "photos", num_pictured=2)
-    assert pictured(tmp_path / "report") == ["a", "b"]
+    assert pictured(tmp_path / "report") == ["a", "z"]
 
 
 def test_pictures_are_what_was_scored_and_crops_show_where_the_first_model_errs_most(models, tiny_photos, tmp_path):
