@@ -269,6 +269,10 @@ def without_the_split(folder):
         path.rename(folder / ("train", "valid")[number % 2] / path.name)
 
 
+def with_a_tiny_image(folder):
+    Image.new("RGB", (14, 90)).save(folder / "zzz.png")
+
+
 def unpaired(folder):
     (folder / "LR_bicubic/X2").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(folder / "LR_bicubic/X2/nobodyx2.png")
@@ -281,6 +285,7 @@ def unpaired(folder):
         (all_damaged, ["no usable image", "photo-1.png"]),
         (without_the_split, ["has no split 'test'; it has train, valid (--sets, --split)"]),
         (unpaired, ["nobodyx2.png"]),
+        (with_a_tiny_image, ["zzz.png: 14x90 is too small for psnr@y,crop=scale at x2", "--protocol"]),
         (shutil.rmtree, ["holds no images"]),
     ],
 )
