@@ -200,7 +200,8 @@ def _make_here(maker: ImageMaker, images: Sequence[Image], on_result: OnResult) 
         try:
             for future in as_completed(under_way):
                 on_result(under_way[future].key, future.result())
-        except BaseException:  # also on Ctrl-C: what has not begun is not begun
+        except BaseException:  # also on Ctrl-C
+            maker.stop()
             threads.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -46,6 +46,7 @@ class ImageMaker:
         self._source, self._target = open_store(work.source_uri), open_store(work.target_uri)
         self._autocast = precision(work.precision)
         self._computing = threading.Semaphore(num_computed)
+        self._stopped = threading.Event()
 
     def make(self, image: Image) -> str | None:
         """Writes the upscaled image to TARGET, whole or not at all.
@@ -61,6 +62,8 @@ class ImageMaker:
             raise
         try:
             with self._computing:
+                if self._stopped.is_set():
+                    return f"{image.key}: not begun"
                 larger = upscale_file(
                     self._network,
                     data,
@@ -78,6 +81,10 @@ class ImageMaker:
             return f"{image.key}: too large for the memory, lower --tile-px-lr ({reason})"
         self._target.write(image.target_key, larger)
         return None
+
+    def stop(self) -> None:
+        """No further image is begun: who has to wait for the threads waits for one image, not for all they hold."""
+        self._stopped.set()
 
 
 def _concerns_one_file(error: StorageError, source: Store) -> bool:
