@@ -36,6 +36,7 @@ NUM_RETRIES = 2
 """Of a task whose actor dies, of memory or with its node."""
 _MAX_LOST_TASKS = 16
 """An image that kills its actor each time is a bad image; so many are something else, and end the run."""
+_GIVEN_UP = "Ray gave it up: its actor died each time, of memory perhaps, or failed, which Ray's messages then say"
 _SCHEMA = pa.schema({"key": pa.string(), "reason": pa.string(), "is_fatal": pa.bool_()})
 
 
@@ -77,7 +78,7 @@ def make_on_cluster(
     for image in images:
         if image.key in missing:  # with a task that was given up
             found = target.exists(image.target_key)
-            on_result(image.key, None if found else f"{image.key}: its actor died each time, of memory perhaps")
+            on_result(image.key, None if found else f"{image.key}: {_GIVEN_UP}")
 
 
 def _dataset(images: Sequence[Image]) -> ray.data.Dataset:

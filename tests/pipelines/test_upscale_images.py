@@ -9,14 +9,17 @@ from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image as PILImage
 
 from pipelines.upscale_images import main
+from sr_data.errors import StorageError
 from sr_data.storage import open_store
 from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.upscaling import upscale_file
 from sr_models.weights import load_model, save_model
+from sr_serve.upscale_plan import Image
+from sr_serve.upscale_worker import Work
 from sr_train.model_registry import register_model
 from sr_train.tracking import start_run
 from tests.support.pipeline import command
@@ -47,8 +50,8 @@ def photos(tiny_photos):
     """Five photos in two folders, of three formats, a text file, and one that only looks like an image."""
     (tiny_photos / "sub/deep").mkdir(parents=True)
     (tiny_photos / "photo-1.png").rename(tiny_photos / "sub/photo-1.png")
-    Image.open(tiny_photos / "photo-2.png").convert("L").save(tiny_photos / "sub/deep/grey.jpg")
-    Image.open(tiny_photos / "photo-3.png").save(tiny_photos / "old.tif")
+    PILImage.open(tiny_photos / "photo-2.png").convert("L").save(tiny_photos / "sub/deep/grey.jpg")
+    PILImage.open(tiny_photos / "photo-3.png").save(tiny_photos / "old.tif")
     for number in (2, 3, 5):
         (tiny_photos / f"photo-{number}.png").unlink()
     (tiny_photos / "notes.txt").write_text("no image")
@@ -220,6 +223,28 @@ def test_a_target_that_refuses_ends_it(upscale, model, photos, tmp_path, how, re
     assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'out/sub'}")
     assert "a part of this path is a file" in err and "Traceback" not in err
     assert not [key for key in files(tmp_path / "out") if "partial" in key]
+
+
+def test_a_node_that_does_not_see_target_writes_nothing_there(small_cluster, model, photos, tmp_path):
+    """Else each node would fill a folder of its own."""
+    from sr_serve.actor_pool import ActorPool
+    from sr_serve.ray_upscale import make_on_cluster
+
+    target = tmp_path / "on-the-drivers-disk"
+    work = Work(
+        source_uri=str(photos),
+        target_uri=str(target),
+        format=None,
+        max_mpx=1,
+        tile_px_lr=192,
+        self_ensemble=False,
+        precision="float32",
+    )
+    image = Image(key="photo-0.png", target_key="photo-0.png")
+    pool = ActorPool(num_actors=1, device="cpu", cpus=1, gpus=0)
+    with pytest.raises(StorageError, match=rf"^{target}: node .* does not see what the driver has written"):
+        make_on_cluster(load_model(model), [image], work, pool, lambda *result: pytest.fail(f"{result}"))
+    assert not target.exists()
 
 
 def test_from_s3_to_s3_and_wrong_credentials(upscale, model, photos, s3, monkeypatch):
