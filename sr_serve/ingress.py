@@ -49,7 +49,8 @@ class Ingress:
             message = "too many images are waiting already; try again in a few seconds"
             return Refusal(status=503, code="busy", message=message)
         except (RayError, RayServeException) as error:
-            print(f"a request failed: {error}", flush=True)
+            self._facts = None  # not to be told of until a model answers again
+            print(f"a request failed: {str(error).partition(chr(10))[0]}", flush=True)
             message = "the process that holds the model failed and is being started again; try again in a minute"
             return Refusal(status=503, code="model_lost", message=message)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client  # the only way to ask a Serve that runs already for its address
 from ray.serve.exceptions import RayServeException
@@ -56,9 +57,8 @@ def serving(model: str, options: ServeOptions, *, tracking_uri: str | None = Non
         try:
             serve.run(application, name=options.name, route_prefix=options.route_prefix)
         except (RayServeException, RuntimeError) as error:
-            raise ServeError(
-                f"the application did not start (--route-prefix {options.route_prefix}): {error}"
-            ) from error
+            reason = error.cause if isinstance(error, RayTaskError) else error
+            raise ServeError(f"the application did not start ({reason}; --route-prefix)") from error
         host = f"[{options.host}]" if ":" in options.host else options.host
         yield f"http://{host}:{options.port}{options.route_prefix.removesuffix('/')}/"
     finally:
