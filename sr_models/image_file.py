@@ -1,6 +1,7 @@
 """An image file ↔ its pixels and all else of it that must survive: depth, grey, alpha, colour profile, EXIF."""
 
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -19,13 +20,21 @@ MAX_MPX = 64.0
 """Megapixels (10⁶) of an image that is read unless told otherwise. Pillow itself opens none above 178."""
 LOSSY_QUALITY = 95
 
+MAX_SIDE_PX = {"WEBP": 16_383, "JPEG": 65_500}
+"""What their encoders end at."""
+
+# Pillow opens fifty kinds, one of which runs Ghostscript on the file: these hold pixels and nothing that is run.
+_READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000")
 _WRITABLE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 _ORIENTATION = ExifTags.Base.Orientation
+# Of a TIFF's tags, those that say something of the picture and not of how this file stores it: description, maker,
+# model, resolution and its unit, software, date, artist, host, copyright, and the blocks of EXIF and GPS.
+_KEPT_OF_TIFF = {270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}
 _STALE_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)  # sizes in pixels: no longer true
 _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-_FAILURES = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, MemoryError, struct.error,
-             zlib.error)  # fmt: skip
+_FAILURES = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, TypeError, AttributeError,
+             RuntimeError, SystemError, struct.error, zlib.error)  # fmt: skip
 # What Pillow's plugins raise on damaged files; SyntaxError is its word for a broken PNG or TIFF header.
 
 
@@ -59,8 +68,8 @@ def read_picture(data: bytes, *, name: str, max_mpx: float = MAX_MPX) -> Picture
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata, and about sizes, which have a limit of their own
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_mpx * 1e6:
+            image = Image.open(io.BytesIO(data), formats=_READ)
+            if not image.width * image.height <= max_mpx * 1e6:  # NaN allows nothing
                 raise ImageFileError(f"{name}: {image.width} x {image.height} px are more than {max_mpx:g} Mpx")
             return _picture(image, data, name)
     except UnidentifiedImageError as error:
@@ -76,19 +85,13 @@ def read_picture(data: bytes, *, name: str, max_mpx: float = MAX_MPX) -> Picture
 def write_picture(picture: Picture, *, format: str, name: str = "image") -> bytes:  # noqa: A002  Pillow's word
     """The picture as a PNG, JPEG or WEBP file, with its profile and EXIF.
 
-    ImageFileError, which starts with `name`, for another format and where the format would lose something: JPEG has no
-    transparency, JPEG and WEBP have 8 bits, WEBP ends at 16,383 px a side.
+    ImageFileError as `check_writable`.
     """
-    if format not in FORMATS:
-        raise ImageFileError(f"{name}: {format!r} can't be written; allowed are {', '.join(FORMATS)}")
+    check_writable(picture, format=format, name=name)
     planes_HWC = picture.colour_HWC
     if picture.alpha_HW is not None:
         planes_HWC = np.dstack([planes_HWC, picture.alpha_HW])
-    if format == "JPEG" and picture.alpha_HW is not None:
-        raise ImageFileError(f"{name}: has transparency, which JPEG can't hold; PNG and WEBP can")
     if planes_HWC.dtype == np.uint16:
-        if format != "PNG":
-            raise ImageFileError(f"{name}: has 16 bits per channel, of which {format} holds 8; PNG holds all")
         return encode_png16(np.asarray(planes_HWC, np.uint16), icc_profile=picture.icc_profile, exif=picture.exif)
     options = {key: value for key in ("icc_profile", "exif") if (value := getattr(picture, key)) is not None}
     if format != "PNG":
@@ -102,6 +105,24 @@ def write_picture(picture: Picture, *, format: str, name: str = "image") -> byte
     except (OSError, ValueError) as error:
         raise ImageFileError(f"{name}: can't be written as {format} ({error})") from error
     return target.getvalue()
+
+
+def check_writable(picture: Picture, *, format: str, name: str = "image", scale: int = 1) -> None:  # noqa: A002
+    """Whether the picture, `scale` times as large, can be written without losing anything: known before it is computed.
+
+    ImageFileError, which starts with `name`, for a format that is not in `FORMATS`, transparency in JPEG, 16 bits in
+    JPEG or WEBP, or more pixels a side than `MAX_SIDE_PX`.
+    """
+    height, width, _ = picture.colour_HWC.shape
+    if format not in FORMATS:
+        raise ImageFileError(f"{name}: {format!r} can't be written; allowed are {', '.join(FORMATS)}")
+    if format == "JPEG" and picture.alpha_HW is not None:
+        raise ImageFileError(f"{name}: has transparency, which JPEG can't hold; PNG and WEBP can")
+    if format != "PNG" and picture.colour_HWC.dtype == np.uint16:
+        raise ImageFileError(f"{name}: has 16 bits per channel, of which {format} holds 8; PNG holds all")
+    if scale * max(height, width) > MAX_SIDE_PX.get(format, math.inf):
+        size = f"{scale * width} x {scale * height} px"
+        raise ImageFileError(f"{name}: {size} can't be written as {format}, which ends at {MAX_SIDE_PX[format]} a side")
 
 
 def output_format(source_format: str) -> str:
@@ -119,15 +140,16 @@ def target_name(source: str, format: str | None = None) -> str:  # noqa: A002  P
 
 
 def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
-    orientation, exif = _exif_of(image)
     icc_profile: bytes | None = image.info.get("icc_profile") or None
     if _has_16_bit_colour(image, data):
         deep_HWC = decode_16_bits(data)
         if deep_HWC is None:
             raise ImageFileError(f"{name}: the image is truncated or damaged, or its 16-bit pixels are of a rare kind")
+        orientation, exif = _exif_of(image)
         pixels_HWC: np.ndarray = deep_HWC
     else:
         image.load()
+        orientation, exif = _exif_of(image)
         if image.mode == "CMYK":
             image, icc_profile = _as_srgb(image, icc_profile), None
         pixels_HWC = _pixels(image, name)
@@ -137,7 +159,8 @@ def _picture(image: Image.Image, data: bytes, name: str) -> Picture:
     return Picture(
         colour_HWC=np.ascontiguousarray(pixels_HWC[:, :, :num_colours]),
         alpha_HW=np.ascontiguousarray(pixels_HWC[:, :, -1]) if has_alpha else None,
-        format=image.format or _format_of(data),
+        # MPO is a JPEG with more pictures behind the first, as phones make them.
+        format="JPEG" if image.format == "MPO" else image.format or "",
         icc_profile=icc_profile,
         exif=exif,
     )
@@ -184,10 +207,14 @@ def _as_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
 
 
 def _exif_of(image: Image.Image) -> tuple[int, bytes | None]:
-    """Orientation (1 is upright), and the EXIF block without it; an unreadable one is left out."""
+    """Orientation (1 is upright) of the pixels, and the EXIF block without it; an unreadable one is left out."""
     try:
         exif = image.getexif()
         orientation = exif.pop(_ORIENTATION, 1)
+        if image.format == "TIFF":
+            orientation = 1  # both decoders turn TIFFs by themselves
+            for tag in exif.keys() - _KEPT_OF_TIFF:
+                del exif[tag]
         if ExifTags.IFD.Exif in exif:  # asking for it would add an empty one
             for tag in _STALE_TAGS:
                 exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
@@ -206,7 +233,3 @@ def _upright(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         pixels_HWC = pixels_HWC[::-1]
     return pixels_HWC
-
-
-def _format_of(data: bytes) -> str:
-    return "PNG" if is_png16(data) else "TIFF"

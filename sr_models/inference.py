@@ -94,7 +94,7 @@ def upscale_batch(
         torch.inference_mode(),
         torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         _evaluation_mode(model),
-        _no_search_for_algorithms(),
+        _exact_convolutions(),
     ):
         for y, top, bottom in windows(height, tile_px_lr, halo):
             for x, left, right in windows(width, tile_px_lr, halo):
@@ -161,16 +161,14 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_search_for_algorithms() -> Iterator[None]:
-    """cuDNN's benchmark mode, which pays for the one shape of a training batch, would try all algorithms for each
-    convolution on each shape of tile, and images come in many.
+def _exact_convolutions() -> Iterator[None]:
+    """Of cuDNN: float32 that is float32, where PyTorch's default rounds to TF32's 10 bits, fewer than 16-bit images
+    have; who wants speed asks for bfloat16. And no search for the fastest algorithm, which pays for the one shape of a
+    training batch: it would try all of them for each convolution on each shape of tile.
     """
-    was_on = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=cudnn.deterministic, allow_tf32=False):
         yield
-    finally:
-        torch.backends.cudnn.benchmark = was_on
 
 
 def _mean_over_dihedral(model: SRNetwork, lr_NCHW: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ code_paths=[<sr_models>])`.
 """
 
 import base64
-import binascii
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel
 
 from sr_models.errors import ImageFileError, ModelError
-from sr_models.image_file import FORMATS
+from sr_models.image_file import FORMATS, MAX_MPX
 from sr_models.inference import placed, upscale_batch
 from sr_models.upscaling import PREDICT_DEFAULTS, precision, upscale_file
 from sr_models.weights import load_model
 
+LIMIT_VARIABLE = "SR_MAX_MPX"
+"""Environment variable: the most that a caller may set `max_mpx` to, in megapixels."""
 COLUMN = "image"
 """Of a table: encoded files, as bytes or base64 text."""
 ALLOWED = (
@@ -65,8 +67,8 @@ class UpscaleImages(PythonModel):
         if isinstance(images, list | tuple) and images and isinstance(images[0], bytes | str):
             return self._files(images, options)
         if isinstance(images, list | tuple):
-            return [self._array(np.asarray(image), options) for image in images]
-        return self._array(np.asarray(images), options)
+            return [self._array(image, f"image {index}", options) for index, image in enumerate(images)]
+        return self._array(images, "the input", options)
 
     def _files(self, files: Sequence[bytes | str], options: dict[str, Any]) -> list[bytes | str]:
         return [self._file(file, f"image {index}", options) for index, file in enumerate(files)]
@@ -75,10 +77,15 @@ class UpscaleImages(PythonModel):
         upscaled = upscale_file(self._model, _decoded(file, name), name=name, **options)
         return upscaled if isinstance(file, bytes) else base64.b64encode(upscaled).decode("ascii")
 
-    def _array(self, images: np.ndarray, options: dict[str, Any]) -> np.ndarray:
-        levels = _as_levels(images)
-        if levels.ndim not in (3, 4) or levels.shape[-1] != 3 or not levels.size:
-            raise ModelError(f"{ALLOWED}; not {images.dtype} {images.shape}")
+    def _array(self, images: Any, name: str, options: dict[str, Any]) -> np.ndarray:
+        try:
+            levels = _as_levels(np.asarray(images), name)
+        except ValueError as error:  # lists of different lengths
+            raise ModelError(f"{name}: {error}; {ALLOWED}") from error
+        if levels.dtype not in (np.uint8, np.uint16) or levels.ndim not in (3, 4) or levels.shape[-1] != 3:
+            raise ModelError(f"{name} is {levels.dtype} {levels.shape}; {ALLOWED}")
+        if not levels.size:
+            raise ModelError(f"{name} has no pixels: {levels.shape}")
         batch = levels if levels.ndim == 4 else levels[None]
         options = {key: value for key, value in options.items() if key not in ("format", "max_mpx")}
         larger = np.concatenate([upscale_batch(self._model, image[None], **options).cpu().numpy() for image in batch])
@@ -93,12 +100,16 @@ def _options(params: dict[str, Any]) -> dict[str, Any]:
     wanted = str(values["format"]).upper().replace("JPG", "JPEG")
     if wanted not in ("SAME", *FORMATS):
         raise ModelError(f"format={values['format']!r} is not one of same, {', '.join(FORMATS).lower()}")
+    limit = float(os.environ.get(LIMIT_VARIABLE) or MAX_MPX)
+    max_mpx = float(values["max_mpx"])
+    if not 0.0 < max_mpx <= limit:
+        raise ModelError(f"max_mpx={max_mpx:g} must be above 0 and at most {limit:g}, which {LIMIT_VARIABLE} sets")
     return {
         "tile_px_lr": int(values["tile_px_lr"]),
         "self_ensemble": bool(values["self_ensemble"]),
         "autocast": precision(str(values["precision"])),
         "format": None if wanted == "SAME" else wanted,
-        "max_mpx": float(values["max_mpx"]),
+        "max_mpx": max_mpx,
     }
 
 
@@ -110,16 +121,16 @@ def _decoded(file: bytes | str, name: str) -> bytes:
     try:
         # Browsers put `data:image/png;base64,` in front.
         return base64.b64decode(file.rpartition(",")[2], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one; text that is not ASCII another
         raise ModelError(f"{name}: is text, but not base64 of an image file ({error})") from error
 
 
-def _as_levels(images: np.ndarray) -> np.ndarray:
+def _as_levels(images: np.ndarray, name: str) -> np.ndarray:
     """uint8 and uint16 as they are; other whole numbers, which is what JSON's become, if they are levels of 8 bits."""
     if images.dtype in (np.uint8, np.uint16) or images.dtype.kind not in "iu" or not images.size:
         return images
     if images.min() < 0 or images.max() > 255:
-        raise ModelError(f"levels must be 0 to 255, or the array uint16; these are {images.min()} to {images.max()}")
+        raise ModelError(f"{name}: levels must be 0 to 255, or uint16; these are {images.min()} to {images.max()}")
     return images.astype(np.uint8)
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from sr_models.errors import ModelError
-from sr_models.image_file import MAX_MPX, Picture, output_format, read_picture, write_picture
+from sr_models.image_file import MAX_MPX, Picture, check_writable, output_format, read_picture, write_picture
 from sr_models.inference import upscale_image, windows
 from sr_models.network import SRNetwork
 
-_ALPHA_BAND_PX_LR = 256
+_BAND_PX = 256
 _CUBIC_RADIUS_PX_LR = 3  # of the interpolation below: 2, and one for its half-pixel positions
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 """Name → what convolutions round to (`autocast`)."""
@@ -46,10 +46,12 @@ def upscale_file(
     the file can't be read, or the format can't hold what is in it.
     """
     lr_picture = read_picture(data, name=name, max_mpx=max_mpx)
+    written_as = format or output_format(lr_picture.format)
+    check_writable(lr_picture, format=written_as, name=name, scale=model.config.scale)
     sr_picture = upscale_picture(
         model, lr_picture, tile_px_lr=tile_px_lr, self_ensemble=self_ensemble, autocast=autocast
     )
-    return write_picture(sr_picture, format=format or output_format(lr_picture.format), name=name)
+    return write_picture(sr_picture, format=written_as, name=name)
 
 
 def upscale_picture(
@@ -83,9 +85,17 @@ def network_input(picture: Picture) -> np.ndarray:
 def with_upscaled(picture: Picture, sr_HWC: np.ndarray, *, scale: int) -> Picture:
     """The picture with what a network made of its `network_input` in place of its pixels."""
     if picture.colour_HWC.shape[2] == 1:
-        sr_HWC = np.rint(sr_HWC.mean(axis=2, keepdims=True, dtype=np.float32)).astype(sr_HWC.dtype)
+        sr_HWC = _mean_of_channels(sr_HWC)
     alpha_HW = picture.alpha_HW if picture.alpha_HW is None else upscale_alpha(picture.alpha_HW, scale)
     return replace(picture, colour_HWC=sr_HWC, alpha_HW=alpha_HW)
+
+
+def _mean_of_channels(image_HWC: np.ndarray) -> np.ndarray:
+    mean_HW1 = np.empty((*image_HWC.shape[:2], 1), image_HWC.dtype)
+    for start in range(0, len(image_HWC), _BAND_PX):  # in bands: the mean is in float32
+        band = slice(start, start + _BAND_PX)
+        mean_HW1[band] = np.rint(image_HWC[band].mean(axis=2, keepdims=True, dtype=np.float32))
+    return mean_HW1
 
 
 def upscale_alpha(alpha_HW: np.ndarray, scale: int) -> np.ndarray:
@@ -95,7 +105,7 @@ def upscale_alpha(alpha_HW: np.ndarray, scale: int) -> np.ndarray:
         return np.full((scale * height, scale * width), alpha_HW[0, 0])
     max_level = np.iinfo(alpha_HW.dtype).max
     larger_HW = np.empty((scale * height, scale * width), alpha_HW.dtype)
-    for rows, top, bottom in windows(height, _ALPHA_BAND_PX_LR, _CUBIC_RADIUS_PX_LR):  # in bands: it is in float32
+    for rows, top, bottom in windows(height, _BAND_PX, _CUBIC_RADIUS_PX_LR):  # in bands: it is in float32
         band_1HW = torch.from_numpy(alpha_HW[rows].astype(np.float32))[None, None]
         # `antialias` changes nothing when enlarging, but takes Keys's a = -0.5 where PyTorch's other path has -0.75.
         wide_HW = torch.nn.functional.interpolate(

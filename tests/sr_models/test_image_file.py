@@ -89,6 +89,44 @@ def test_exif_orientation_is_applied_once(orientation, deep):
     assert tags.get_ifd(EXIF_IFD) == {LENS: "50 mm"}, "what is no longer true is gone"
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["grey", "grey 16", "grey alpha", "RGB", "RGB 16", "palette"])
+def test_a_tiff_is_turned_once_whoever_decodes_it(orientation, kind):
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[MAKER] = orientation, "ACME"
+    upright = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+               6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}  # fmt: skip
+    shape = {"grey": (4, 6), "grey 16": (4, 6), "grey alpha": (4, 6, 2)}.get(kind, (4, 6, 3))
+    pixels = levels(*shape, dtype=np.uint16 if "16" in kind else np.uint8)
+    if kind == "RGB 16":
+        file = cv2.imencode(".tif", pixels[:, :, ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 1])[1].tobytes()
+        file = with_tiff_orientation(file, orientation)
+    else:
+        image = Image.fromarray(pixels)
+        image = image.quantize(8) if kind == "palette" else image
+        pixels = np.asarray(image.convert("RGB")) if kind == "palette" else pixels
+        file = saved(image, "TIFF", exif=exif)
+    picture = read_picture(file, name="it")
+    planes = picture.colour_HWC if picture.alpha_HW is None else np.dstack([picture.colour_HWC, picture.alpha_HW])
+    expected = upright[orientation](pixels)
+    assert np.array_equal(planes.reshape(expected.shape), expected)
+    if kind != "RGB 16":
+        tags = opened(write_picture(picture, format="PNG")).getexif()
+        assert dict(tags) == {MAKER: "ACME"}, "nothing of how the TIFF was stored"
+
+
+def with_tiff_orientation(file, orientation):
+    """OpenCV writes none: its number of planes, always 1, becomes one (tag 284, little-endian, short)."""
+    entry = struct.pack("<HHI", 284, 3, 1)
+    start = file.index(entry)
+    moved = struct.pack("<HHIHH", ORIENTATION, 3, 1, orientation, 0)
+    count = struct.unpack("<H", file[(first := struct.unpack("<I", file[4:8])[0]) : first + 2])[0]
+    entries = [file[first + 2 + 12 * i : first + 14 + 12 * i] for i in range(count)]
+    entries = sorted(moved if first + 2 + 12 * i == start else entry for i, entry in enumerate(entries))
+    entries.sort(key=lambda entry: struct.unpack("<H", entry[:2]))
+    return file[: first + 2] + b"".join(entries) + file[first + 2 + 12 * count :]
+
+
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 def test_profile_and_exif_survive_in_every_format(file_format):
     exif = Image.Exif()
@@ -120,6 +158,25 @@ def test_rarer_kinds():
     frames = [Image.fromarray(levels(6, 5)) for _ in range(2)]
     animated = read_picture(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]), name="it")
     assert np.array_equal(animated.colour_HWC[:, :, 0], np.asarray(frames[0]))
+
+
+def test_a_jpeg_with_more_pictures_behind_the_first_is_a_jpeg():
+    first, second = (Image.fromarray(levels(8, 8, 3)) for _ in range(2))
+    picture = read_picture(saved(first, "MPO", save_all=True, append_images=[second]), name="it")
+    assert (picture.format, picture.colour_HWC.shape) == ("JPEG", (8, 8, 3))
+
+
+def test_kinds_that_run_programs_are_not_opened():
+    with pytest.raises(ImageFileError, match="of a kind that can't be read"):
+        read_picture(saved(Image.new("RGB", (4, 4)), "EPS"), name="x.eps")
+
+
+def test_16_bits_of_more_than_one_band(monkeypatch):
+    monkeypatch.setattr("sr_models.png16._BAND_BYTES", 1000)
+    pixels = levels(60, 50, 3, dtype=np.uint16)
+    again = written_again(png16(pixels))
+    assert again.count(b"IDAT") > 1
+    assert np.array_equal(read_picture(again, name="it").colour_HWC, pixels)
 
 
 def test_a_grey_jpeg_stays_grey_and_close():
@@ -167,7 +224,7 @@ def test_truncated_16_bits_are_refused(cut):
         (levels(4, 4, 4), "JPEG", "transparency"),
         (levels(4, 4, 3, dtype=np.uint16), "WEBP", "16 bits"),
         (levels(4, 4, 3), "GIF", "'GIF' can't be written; allowed are PNG, JPEG, WEBP"),
-        (levels(1, 17_000, 3), "WEBP", "can't be written as WEBP"),
+        (levels(1, 17_000, 3), "WEBP", "17000 x 1 px can't be written as WEBP, which ends at 16383"),
     ],
 )
 def test_nothing_is_lost_in_silence(pixels, file_format, message):

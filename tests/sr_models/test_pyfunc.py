@@ -131,20 +131,30 @@ def test_parameters_are_used(model, network):
     assert np.abs(rounded.astype(int) - exact).max() <= 4
 
 
+def test_who_runs_it_may_allow_larger_files(model, monkeypatch):
+    monkeypatch.setenv("SR_MAX_MPX", "100")
+    assert model.predict(photo(2, 2), params={"max_mpx": 99.0}).shape == (4, 4, 3)
+
+
 @pytest.mark.parametrize(
     ("image", "params", "message"),
     [
-        (np.zeros((1, 4, 4, 3), np.float32), {}, "uint8 or uint16 .* not float32"),
-        (np.zeros((1, 4, 4, 4), np.uint8), {}, r"not uint8 \(1, 4, 4, 4\)"),
-        (np.zeros((0, 4, 4, 3), np.uint8), {}, r"not uint8 \(0, 4, 4, 3\)"),
+        (np.zeros((1, 4, 4, 3), np.float32), {}, "the input is float32 .*uint8 or uint16 arrays"),
+        (np.zeros((1, 4, 4, 4), np.uint8), {}, r"the input is uint8 \(1, 4, 4, 4\)"),
+        (np.zeros((0, 4, 4, 3), np.uint8), {}, r"the input has no pixels: \(0, 4, 4, 3\)"),
+        ([np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8)], {}, r"image 1 is uint8 \(2, 2\)"),
+        ([[[[1, 2, 3]], [[1, 2]]]], {}, "image 0: .*inhomogeneous"),
         (np.full((4, 4, 3), 256), {}, "levels must be 0 to 255"),
         (b"no image", {}, "image 0: is not an image"),
         ("no base64!", {}, "image 0: is text, but not base64"),
+        ("é", {}, "image 0: is text, but not base64"),
         (pd.DataFrame({"picture": ["x"]}), {}, "one column, 'image', not .*picture"),
         (np.zeros((2, 2, 3), np.uint8), {"precision": "float8"}, "'float8' is not one of float32, bfloat16"),
         (np.zeros((2, 2, 3), np.uint8), {"format": "gif"}, "'gif' is not one of same, png, jpeg, webp"),
         (np.zeros((2, 2, 3), np.uint8), {"tile_px_lr": 0}, "tile_px_lr=0 must be at least 1"),
         (encoded(np.zeros((30, 40, 3), np.uint8)), {"max_mpx": 0.001}, "40 x 30 px are more than 0.001 Mpx"),
+        (np.zeros((2, 2, 3), np.uint8), {"max_mpx": 65.0}, "max_mpx=65 must be above 0 and at most 64, .*SR_MAX_MPX"),
+        (np.zeros((2, 2, 3), np.uint8), {"max_mpx": float("nan")}, "max_mpx=nan must be above 0"),
     ],
 )
 def test_what_is_wrong_is_said(model, image, params, message):

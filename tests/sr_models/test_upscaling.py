@@ -10,6 +10,7 @@ from PIL import Image
 
 from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
+from sr_models.errors import ImageFileError
 from sr_models.image_file import read_picture
 from sr_models.inference import upscale_image
 from sr_models.upscaling import upscale_alpha, upscale_file, upscale_picture
@@ -54,7 +55,7 @@ def test_16_bits_are_those_of_the_network():
 def test_alpha_is_as_torch_interpolates_it_whatever_the_bands(dtype, monkeypatch):
     alpha_HW = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (70, 9), dtype)
     whole = upscale_alpha(alpha_HW, 3)
-    monkeypatch.setattr("sr_models.upscaling._ALPHA_BAND_PX_LR", 16)
+    monkeypatch.setattr("sr_models.upscaling._BAND_PX", 16)
     in_bands = upscale_alpha(alpha_HW, 3)
     assert np.abs(in_bands.astype(int) - whole).max() <= np.iinfo(dtype).max // 65535, "float32's rounding, of 16 bits"
     resized = Image.fromarray(alpha_HW.astype(np.float32)).resize((27, 210), Image.Resampling.BICUBIC)  # Pillow: a=-0.5
@@ -69,6 +70,21 @@ def test_what_is_opaque_stays_opaque():
     larger = upscale_alpha(half, 2)
     assert np.all(larger[:, :16] == 0)
     assert np.all(larger[:, 24:] == 255)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "file_format", "message"),
+    [(photo(4, 4, 4), "JPEG", "transparency"), (photo(1, 9_000, 3), "WEBP", "18000 x 2 px can't be written as WEBP")],
+)
+def test_what_can_not_be_written_is_said_before_it_is_computed(pixels, file_format, message):
+    class Unused(torch.nn.Module):
+        config = MODEL.config
+
+        def forward(self, lr_NCHW):
+            raise AssertionError("computed")
+
+    with pytest.raises(ImageFileError, match=message):
+        upscale_file(Unused(), file_of(pixels), name="it", format=file_format)
 
 
 def test_options_reach_the_network():
