@@ -1,19 +1,17 @@
 """The network that answers now: follows an alias of the registry, and changes over only to a version that works."""
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 
 from sr_data.errors import StorageError
-from sr_models.architectures import architecture_name, config_to_dict
+from sr_models.architectures import architecture_name
 from sr_models.errors import ModelError
 from sr_models.inference import placed
 from sr_models.network import SRNetwork
+from sr_models.weights import weights_digest
 from sr_serve.messages import ModelFacts
 from sr_train.checkpoint import CheckpointError
 from sr_train.model_registry import RegisteredVersion
@@ -133,15 +131,6 @@ class LiveModel:
         network = placed(network, self._device)
         _try(network, uri)
         return Loaded(network=network, facts=facts)
-
-
-def weights_digest(network: SRNetwork) -> str:
-    """16 hex digits over architecture, config and weights: what registration puts into the tag `weights_sha256`."""
-    config = network.config
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    weights = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
-    parts = [architecture_name(config), config_to_dict(config), weights]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _facts(network: SRNetwork, *, model: str, registered: RegisteredVersion | None) -> ModelFacts:
