@@ -34,11 +34,13 @@ def export_onnx(network: SRNetwork, path: Path) -> None:
     Input `lr` is float32 N×3×H×W RGB in [0, 1], output `sr` float32 N×3×sH×sW, not clamped. The file's metadata say so
     and hold architecture, config (JSON), scale, and how far the network sees (`receptive_radius_px_lr`, for whoever
     cuts large images into tiles). The network stays as it is: device, dtype, training mode.
+
+    ModelError if it has an operation that ONNX, or the exporter, does not know.
     """
     import onnx
 
     exported = copy.deepcopy(network).to("cpu", torch.float32).eval()
-    with _older_exporter():
+    with _older_exporter(), _as_model_error(f"{type(network).__name__} can't be written as ONNX"):
         torch.onnx.export(
             exported,
             (torch.zeros(1, 3, *_TRACED_PX),),
@@ -104,6 +106,14 @@ def _metadata(network: SRNetwork) -> dict[str, str]:
         "output": f"{OUTPUT_NAME}: float32, batch × 3 × {network.config.scale}·height × {network.config.scale}·width, "
         "RGB in [0, 1] but not clamped: clamp, multiply by 255 and round for 8 bits",
     }
+
+
+@contextmanager
+def _as_model_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:  # of which the exporter's own are
+        raise ModelError(f"{what}: {error}") from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Weights and config of a network to and from a folder: `config.json` and `weights.safetensors`, no pickle."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,14 @@ def load_config(folder: Path) -> ModelConfig:
         return config_from_dict(document["architecture"], document["config"])
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def weights_digest(network: SRNetwork) -> str:
+    """16 hex digits over what makes a network: architecture, config and weights, wherever it came from."""
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+    weights = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
+    parts = [architecture_name(network.config), config_to_dict(network.config), weights]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_state(model: SRNetwork, state: Mapping[str, Tensor], *, origin: str) -> None:

@@ -1,6 +1,5 @@
 """Upscaling one image, or all images below a URI: what is checked before, who does it, what is said after."""
 
-import hashlib
 import json
 import os
 import time
@@ -9,15 +8,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-import torch
-
 from sr_data.errors import StorageError
 from sr_data.storage import FileEntry, Store, open_store, split_uri
-from sr_models.architectures import architecture_name, config_to_dict
 from sr_models.errors import ModelError
 from sr_models.image_file import target_name
 from sr_models.inference import placed
 from sr_models.network import SRNetwork
+from sr_models.weights import weights_digest
 from sr_serve.upscale_options import UpscaleOptions
 from sr_serve.upscale_plan import (
     FAILED_KEY,
@@ -127,7 +124,7 @@ def _plan(
             if not options.overwrite:
                 raise
     recipe = Recipe(
-        model_sha256=network_digest(network),
+        model_sha256=weights_digest(network),
         scale=network.config.scale,
         self_ensemble=options.self_ensemble,
         precision=options.precision,
@@ -204,16 +201,6 @@ def _make_here(maker: ImageMaker, images: Sequence[Image], on_result: OnResult) 
             maker.stop()
             threads.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def network_digest(network: SRNetwork) -> str:
-    """16 hex digits over architecture, config and weights, wherever the network came from."""
-    config = network.config
-    digest = hashlib.sha256(json.dumps([architecture_name(config), config_to_dict(config)], sort_keys=True).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _as_file(uri: str) -> tuple[Store, str] | None:

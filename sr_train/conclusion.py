@@ -12,6 +12,7 @@ from sr_data.pairs import DecodedPair, load_pair
 from sr_data.resize import upscale_bicubic
 from sr_data.storage import Store, open_store
 from sr_models.architectures import build_model
+from sr_models.errors import ModelError
 from sr_models.inference import upscale_image
 from sr_models.weights import save_model
 from sr_train import checkpoint as ckpt
@@ -80,7 +81,7 @@ def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitRe
     if tracking is not None:
         try:
             version = _register(plan, tracking, checkpoint, result, uri)
-        except TrackingError as error:
+        except (TrackingError, ModelError) as error:  # a ModelError: what was packed did not work when it was tried
             problem = str(error)
         else:
             store.write(RESULT_KEY, json.dumps(summary | {"registered": asdict(version)}, indent=2).encode())

@@ -5,8 +5,6 @@ its parameters: images of any size, or encoded files, in, the same kind of thing
 that lie the network as ONNX, a model card and sample pictures.
 """
 
-import hashlib
-import json
 import logging
 import shutil
 import sys
@@ -25,11 +23,9 @@ import numpy as np
 import sr_models
 from sr_data.decode import encode_png
 from sr_data.resize import upscale_bicubic
-from sr_models.architectures import architecture_name, config_to_dict
-from sr_models.errors import ModelError
 from sr_models.onnx_export import ONNX_FILE, check_onnx, export_onnx
 from sr_models.upscaling import PREDICT_DEFAULTS
-from sr_models.weights import WEIGHTS_FILE, load_config, load_model
+from sr_models.weights import load_config, load_model, weights_digest
 from sr_train.model_card import CARD_FILE, CardFacts, description_of, model_card
 from sr_train.tracking import RunHandle
 from sr_train.tracking_server import as_tracking_error, check_tracking, connect
@@ -79,7 +75,7 @@ def register_model(
     description if a card is given, set again. Raises TrackingError if the server refuses, and ModelError, with nothing
     registered, if the folder or the sample is not valid.
     """
-    digest = _digest(folder)
+    digest = weights_digest(load_model(folder))
     with tempfile.TemporaryDirectory(prefix="sr-model-") as scratch, as_tracking_error(run.tracking_uri):
         client = connect(run.tracking_uri)
         found = _find(client, run, name, digest)
@@ -269,14 +265,3 @@ def _no_advice() -> Iterator[None]:
             yield
     finally:
         environment.setLevel(level)
-
-
-def _digest(folder: Path) -> str:
-    """16 hex digits over what makes the model: architecture, config and weights, not the notes beside them."""
-    config = load_config(folder)
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        raise ModelError(f"{folder} has no {WEIGHTS_FILE}")
-    with weights.open("rb") as file:
-        parts = [architecture_name(config), config_to_dict(config), hashlib.file_digest(file, "sha256").hexdigest()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

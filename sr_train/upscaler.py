@@ -161,17 +161,19 @@ def _registered(model: str, tracking_uri: str) -> SRNetwork:
             version = version or client.get_model_version_by_alias(name, alias).version
             # Resolved here: for models:/ URIs download_artifacts asks the process-wide registry, not this one.
             source = client.get_model_version_download_uri(name, version)
-            local = mlflow.artifacts.download_artifacts(source, dst_path=folder, tracking_uri=tracking_uri)
-            flavors: dict[str, Any] = Model.load(local).flavors
+            download = partial(mlflow.artifacts.download_artifacts, dst_path=folder, tracking_uri=tracking_uri)
+            flavors: dict[str, Any] = Model.load(download(f"{source.rstrip('/')}/MLmodel")).flavors
+            # Only the weights: the rest of a version, its ONNX file above all, is as large again.
+            artifact = flavors.get("python_function", {}).get("artifacts", {}).get("model", {}).get("path")
+            if artifact is None:
+                raise UpscalerError(f"{model}: is not a model of this project: it carries no artefact named 'model'")
+            weights = download(f"{source.rstrip('/')}/{artifact}")
         except (MlflowException, OSError) as error:
             reason = str(error).partition("\n")[0]
             raise UpscalerError(
                 f"{model}: {reason} ({redact(tracking_uri)}; MLFLOW_TRACKING_URI, --tracking-uri)"
             ) from error
-        artifact = flavors.get("python_function", {}).get("artifacts", {}).get("model", {}).get("path")
-        if artifact is None:
-            raise UpscalerError(f"{model}: is not a model of this project: it carries no artefact named 'model'")
-        return _load(Path(local) / artifact, model)
+        return _load(Path(weights), model)
 
 
 def _load(folder: Path, model: str) -> SRNetwork:
