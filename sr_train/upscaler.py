@@ -92,7 +92,7 @@ def open_network(model: str, *, tracking_uri: str | None = None) -> SRNetwork:
     if model.startswith(REGISTRY_PREFIX):
         return _registered(model, resolve_tracking_uri(tracking_uri))
     if not model or model == BICUBIC:
-        raise UpscalerError(f"{model!r}: is no network; {ALLOWED}")
+        raise UpscalerError(f"{model!r}: is no network; {ALLOWED.replace('bicubic, ', '')}")
     if model.endswith(".safetensors"):
         store, key = split_uri(model)
         return _saved(store, model) if key == WEIGHTS_FILE else _checkpoint(store, key, model)
