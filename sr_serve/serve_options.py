@@ -34,7 +34,7 @@ class ServeOptions:
     gpus_per_replica: float = 0.0
     """GPUs of a replica; 0.5 lets two share one, 0 computes on the CPU."""
     cpus_per_replica: int | None = None
-    """CPUs of a replica. Without a GPU: all that a node has, divided among the replicas; with one: 1."""
+    """CPUs of a replica. When not given: those that are free, divided among the replicas; with a GPU, 1."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is faster on hardware that knows it, and within its rounding of the same."""
     tile_px_lr: int = 192
