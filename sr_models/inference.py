@@ -68,8 +68,8 @@ def upscale_batch(
     (`receptive_radius_px_lr`), which is then cut off, so the result is that of the whole image up to float rounding.
     Borders cost time: EDSR baseline x4 took 510x339 px in 75 s and 0.5 GiB at 192, in 39 s and 1.6 GiB as one tile (2
     CPU cores). `self_ensemble` averages over the eight flips and quarter turns (EDSR, "Geometric self-ensemble"): eight
-    times the work. `before_tile` is called before each tile; what it raises ends the work: a large image takes minutes on
-    a CPU. The model's training mode is left as it was.
+    times the work. `before_tile` is called before each tile, and what it raises ends the work: a large image takes
+    minutes on a CPU. The model's training mode is left as it was.
 
     ModelError if the images or the tile size are not as they must be.
     """
