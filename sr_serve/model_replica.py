@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,12 +13,11 @@ import torch
 from ray import serve
 
 from sr_models.errors import ImageFileError, ModelError
-from sr_models.image_file import Picture, read_picture, write_picture
+from sr_models.image_file import Picture, check_writable, read_picture, write_picture
 from sr_models.inference import upscale_batch
 from sr_models.upscaling import network_input, precision, with_upscaled
 from sr_serve.live_model import LiveModel, Loaded
-from sr_serve.messages import ModelFacts, Order, Refusal, RefusedError, Upscaled
-from sr_serve.uploads import check_sides
+from sr_serve.messages import ModelFacts, Order, Refusal, Upscaled
 
 BATCH_WAIT_S = 0.02
 _NUM_CODEC_THREADS = 2
@@ -105,14 +104,12 @@ class ModelReplica:
         try:
             read = partial(read_picture, data, name="the upload", max_mpx=_MAX_MPX)
             job = Job(picture=await loop.run_in_executor(self._codec_threads, read), order=order)
-            check_writable(job.picture, order.format, scale=self._live.current.facts.scale)
+            check_writable(job.picture, format=order.format, name="the upload", scale=self._live.current.facts.scale)
             if job.is_small:
                 return await self._finished(job, await self._upscale_small(job), start_s)
             async with self._large:  # until they are written: results of many megapixels don't pile up
                 [outcome] = await loop.run_in_executor(self._network_thread, self._upscale, [job])
                 return await self._finished(job, outcome, start_s)
-        except RefusedError as error:
-            return error.refusal
         except ImageFileError as error:
             return Refusal(status=422, code="unusable_image", message=str(error))
 
@@ -177,15 +174,6 @@ def upscale_alike(loaded: Loaded, jobs: Sequence[Job], *, autocast: torch.dtype 
         _say(f"an image could not be upscaled: {error}")
         reason = str(error).partition("\n")[0]
         return [Refusal(status=500, code="failed", message=f"the network failed on this image ({reason})")]
-
-
-def check_writable(picture: Picture, file_format: str, *, scale: int) -> None:
-    """Raises ImageFileError or RefusedError if the result could not be written, before it is computed."""
-    width_px, height_px = _size_px(picture)
-    check_sides(scale * width_px, scale * height_px, file_format)
-    alpha_HW = picture.alpha_HW if picture.alpha_HW is None else picture.alpha_HW[:1, :1]
-    corner = replace(picture, colour_HWC=picture.colour_HWC[:1, :1], alpha_HW=alpha_HW)
-    write_picture(corner, format=file_format, name="the upload")
 
 
 def _size_px(picture: Picture) -> tuple[int, int]:

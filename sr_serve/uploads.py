@@ -16,8 +16,6 @@ from sr_serve.messages import RefusedError
 
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 """Formats that are taken and given; their order is that of preference where a client takes any."""
-MAX_SIDE_PX = {"WEBP": 16_383, "JPEG": 65_500}
-"""What their encoders end at."""
 _ACCEPTED = "JPEG, PNG and WebP images are taken"
 _DRAIN_S = 3.0
 _DRAIN_FACTOR = 4
@@ -124,17 +122,6 @@ def read_header(data: bytes, *, limits: UploadLimits) -> ImageHeader:
         message = f"the {_shown(file_format)} image is an animation of {num_frames} pictures; send a single one"
         raise RefusedError(422, "animated", message)
     return ImageHeader(format=file_format, width_px=width, height_px=height)
-
-
-def check_sides(width_px: int, height_px: int, file_format: str) -> None:
-    """RefusedError (422) if a result of this size can't be written in this format."""
-    limit_px = MAX_SIDE_PX.get(file_format)
-    if limit_px is not None and max(width_px, height_px) > limit_px:
-        size = f"{width_px:,} x {height_px:,} px"
-        message = (
-            f"the result is {size}, and a {_shown(file_format)} ends at {limit_px:,} px a side; ask for format=png"
-        )
-        raise RefusedError(422, "format_too_small", message)
 
 
 def wanted(accept: str | None, output: Literal["image", "json"] | None) -> tuple[bool, str | None]:

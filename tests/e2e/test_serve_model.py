@@ -144,6 +144,8 @@ def test_grey_alpha_and_sixteen_bits_stay(served: Served) -> None:
     assert pixels(served.upscale(rgba).content).shape == (40, 60, 4)
     refused = served.upscale(rgba, format="jpeg")
     assert refused.status_code == 422 and "transparency" in refused.json()["detail"]
+    wide = served.upscale(encoded(levels(2, 9000)), format="webp")
+    assert wide.status_code == 422 and "18000 x 4 px" in wide.json()["detail"]
     assert pixels(served.upscale(encoded(levels(20, 30, 1))).content).shape == (40, 60)
     deep = encoded(levels(20, 30, 1).astype(np.uint16) * 257)
     assert read_picture(served.upscale(deep).content, name="deep").colour_HWC.dtype == np.uint16

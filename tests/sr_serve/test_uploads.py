@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sr_serve.messages import RefusedError
-from sr_serve.uploads import UploadLimits, check_sides, read_header, read_upload, wanted
+from sr_serve.uploads import UploadLimits, read_header, read_upload, wanted
 
 LIMITS = UploadLimits(max_mb=0.01, max_mpx=0.01, upload_timeout_s=0.2)
 
@@ -122,14 +122,6 @@ def test_a_second_picture_behind_a_photo_is_left_alone():
     """As phones write them (CIPA DC-007)."""
     data = encoded("MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
     assert read_header(data, limits=LIMITS).format == "JPEG"
-
-
-@pytest.mark.parametrize(("file_format", "limit"), [("WEBP", 16_383), ("JPEG", 65_500)])
-def test_results_that_a_format_can_not_hold_are_refused(file_format, limit):
-    check_sides(limit, 10, file_format)
-    refused = refusal(check_sides, 10, limit + 1, file_format)
-    assert refused.status == 422 and "format=png" in refused.message
-    check_sides(10, limit + 1, "PNG")
 
 
 @pytest.mark.parametrize(
