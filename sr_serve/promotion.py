@@ -13,11 +13,14 @@ from sr_train.metrics import ImageScore
 from sr_train.paired import (
     CONFIDENCE,
     MIN_IMAGES,
+    MIN_IN_SET,
     Interval,
     Metric,
+    Verdict,
     interval_verdict,
     mean_interval,
     paired_differences,
+    verdict,
 )
 from sr_train.validation import SetScore
 
@@ -55,9 +58,9 @@ class Result:
     """95 % confidence interval of `gain`; None if it can't be had."""
 
     @property
-    def verdict(self) -> str:
-        """In words."""
-        return interval_verdict(self.interval, self.num_images)
+    def verdict(self) -> Verdict:
+        """What the interval shows."""
+        return verdict(self.interval, self.num_images)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +91,7 @@ class Decision:
                 f"{result.champion:.{digits}f}",
                 f"{result.gain:+.{digits}f}",
                 _range(result.interval, digits),
-                result.verdict,
+                interval_verdict(result.interval, result.num_images),
             )
             for result in (*self.sets, *([self.pooled] if len(self.sets) > 1 else []))
         ]
@@ -173,11 +176,11 @@ def check_enough(sets: Sequence[tuple[str, int]]) -> None:
             f"{num_images} image{'s' if num_images != 1 else ''} in all can't tell a better model from noise; at least "
             f"{MIN_IMAGES} are needed (--sets)"
         )
-    lone = [name for name, number in sets if number < 2]
-    if lone:
+    small = [f"{name} holds {number}" for name, number in sets if number < MIN_IN_SET]
+    if small:
         raise PromotionError(
-            f"{lone[0]} holds a single image, so nothing is known of how its images differ; leave it out or put it "
-            f"into another set (--sets)"
+            f"{' and '.join(small)}, but each set needs {MIN_IN_SET} images or more: fewer don't show how much its "
+            f"images differ. Leave it out or put its images into another set (--sets)"
         )
 
 

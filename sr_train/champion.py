@@ -35,7 +35,8 @@ class Comparison:
     differences_db: Mapping[str, float]
     """The model's PSNR minus the champion's by image; 0 if both images are identical to HR, infinite if one is."""
     interval_db: Interval | None
-    """95 % confidence interval of the mean difference; None for a single image, or if a difference is infinite."""
+    """95 % confidence interval of the mean difference; None for fewer than five images, or if a difference is infinite.
+    """
 
     @property
     def gain_db(self) -> float:

@@ -12,11 +12,16 @@ from sr_train.validation import SetScore
 
 Metric = Literal["psnr", "ssim"]
 Interval = tuple[float, float]
+Verdict = Literal["better", "worse", "no difference", "too few images", "no interval"]
+"""What an interval shows; `interval_verdict` puts it in words."""
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 MIN_IMAGES = 6
 """If both models were equally good, the differences of n images would all have one sign with probability 2^(1 - n),
 which is below 5 % from 6 images on. Fewer can't show anything with 95 % confidence."""
+MIN_IN_SET = 5
+"""Resamples of n values of one set reach no further than n times its smallest and its largest: with 2 to 4 values that
+is too near for 95 % (docs/decisions/0011-promotion.md has how often it errs)."""
 _CHUNK = 500
 
 
@@ -52,8 +57,8 @@ def paired_differences(ours: SetScore, others: SetScore, metric: Metric = "psnr"
 
 
 def mean_interval(*sets: Sequence[float]) -> Interval | None:
-    """95 % confidence interval of the mean over all values of all sets; None if one set has fewer than two values (its
-    spread is unknown), or if a value is infinite.
+    """95 % confidence interval of the mean over all values of all sets; None if one set has fewer than `MIN_IN_SET`
+    values, or if a value is infinite.
 
     The percentile bootstrap, stratified: each resample draws as many values from each set as that has (Davison,
     Hinkley: "Bootstrap Methods and their Application", 1997, section 3.2), 10,000 times with a fixed seed. Its
@@ -62,7 +67,7 @@ def mean_interval(*sets: Sequence[float]) -> Interval | None:
     for several sets Student's quantile has Satterthwaite's degrees of freedom. No distribution is assumed.
     """
     known = [np.asarray(values, dtype=np.float64) for values in sets]
-    if not known or any(len(values) < 2 or not np.isfinite(values).all() for values in known):
+    if not known or any(len(values) < MIN_IN_SET or not np.isfinite(values).all() for values in known):
         return None
     tail = _tail(known)
     rng = np.random.default_rng(0)
@@ -76,22 +81,29 @@ def mean_interval(*sets: Sequence[float]) -> Interval | None:
     return float(low), float(high)
 
 
-def no_interval(num_images: int) -> str:
-    """Why `mean_interval` gave none for one set."""
-    why = "one image gives" if num_images == 1 else "an image without any error leaves"
-    return f"{why} no confidence interval"
+def verdict(interval: Interval | None, num_images: int) -> Verdict:
+    """What the interval of a mean difference over so many images shows."""
+    if interval is None:
+        return "no interval"
+    low, high = interval
+    if not (low > 0.0 or high < 0.0):
+        return "no difference"
+    if num_images < MIN_IMAGES:
+        return "too few images"
+    return "better" if low > 0.0 else "worse"
 
 
 def interval_verdict(interval: Interval | None, num_images: int) -> str:
-    """What the interval of a mean difference says in words."""
-    if interval is None:
-        return no_interval(num_images)
-    low, high = interval
-    if not (low > 0.0 or high < 0.0):
+    """`verdict` in words."""
+    shown = verdict(interval, num_images)
+    if shown == "no interval":
+        few = "one image gives" if num_images == 1 else f"{num_images} images give"
+        return f"{few if num_images < MIN_IN_SET else 'an image without any error leaves'} no confidence interval"
+    if shown == "no difference":
         return "no difference that these images show"
-    if num_images < MIN_IMAGES:
+    if shown == "too few images":
         return f"fewer than {MIN_IMAGES} images are too few to tell"
-    return "better" if low > 0.0 else "worse"
+    return shown
 
 
 def _tail(sets: Sequence[np.ndarray]) -> float:
@@ -108,7 +120,9 @@ def _tail(sets: Sequence[np.ndarray]) -> float:
 
 
 def _student(z: float, freedom: float) -> float:
-    """Student's quantile from the normal one: Abramowitz, Stegun, 26.7.5; 0.1 % off at five degrees of freedom."""
+    """Student's quantile from the normal one: Abramowitz, Stegun, 26.7.5. Of 97.5 % it is 0.3 % off at four degrees of
+    freedom, the fewest that sets of `MIN_IN_SET` have; a quarter at one.
+    """
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

@@ -63,7 +63,8 @@ def test_all_images_count_alike_whatever_their_set() -> None:
     assert decision.promote
     assert decision.pooled.gain == pytest.approx((30 * 0.3 - 6 * 0.02) / 36)
     assert (decision.pooled.num_images, decision.pooled.challenger) == (36, pytest.approx((30 * 44.8 + 6 * 32.48) / 36))
-    assert [it.verdict for it in decision.sets] == ["better", "no difference that these images show"]
+    assert [it.verdict for it in decision.sets] == ["better", "no difference"]
+    assert "no difference that these images show" in decision.table(challenger="a", champion="b")
 
 
 def test_a_set_that_is_worse_forbids_it() -> None:
@@ -76,7 +77,8 @@ def test_a_set_that_is_worse_forbids_it() -> None:
 def test_a_set_too_small_to_tell_counts_and_forbids_nothing() -> None:
     decision = decide([paired("large", around(0.5, 30)), paired("Set5", around(-0.3, 5))])
     assert decision.promote
-    assert decision.sets[1].verdict == "fewer than 6 images are too few to tell"
+    assert decision.sets[1].verdict == "too few images"
+    assert "fewer than 6 images are too few to tell" in decision.table(challenger="a", champion="b")
     assert decision.pooled.gain == pytest.approx((30 * 0.5 - 5 * 0.3) / 35)
 
 
@@ -103,7 +105,10 @@ def test_ssim_decides_where_it_is_asked_for() -> None:
     ("sets", "message"),
     [
         ([paired("Set5", around(0.5, 5))], "5 images in all can't tell a better model from noise; at least 6"),
-        ([paired("Set14", around(0.5, 14)), paired("one", [0.5])], "one holds a single image"),
+        (
+            [paired("Set14", around(0.5, 14)), paired("one", [0.5]), paired("four", around(0.5, 4))],
+            "one holds 1 and four holds 4, but each set needs 5 images or more",
+        ),
         ([paired("a", around(1, 6)), paired("b", around(1, 6), protocol="psnr@rgb,crop=scale")], "can't be mixed"),
         ([paired("a", around(1, 6)), paired("b", around(1, 6), scale=4)], "x2 .* and x4 .* can't be mixed"),
         ([paired("a", around(1, 6)), replace(paired("b", around(1, 6)), fingerprint="of a")], "hold the same images"),

@@ -133,7 +133,8 @@ def of_scores(ours_db: list[float], champions_db: list[float]) -> Comparison:
         ([30.1] * 6, "better"),
         ([29.9] * 6, "worse"),
         ([30.1, 29.9] * 3, "no difference that these images show"),
-        ([30.1, math.inf], "an image without any error leaves no confidence interval"),
+        ([30.1] * 4, "4 images give no confidence interval"),
+        ([30.1] * 4 + [math.inf], "an image without any error leaves no confidence interval"),
     ],
 )
 def test_the_verdict_is_what_the_images_can_show(ours_db: list[float], verdict: str) -> None:
