@@ -12,8 +12,8 @@ Exit status: 0 promoted or rolled back (or would be, with --dry-run), 1 not bett
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import tyro
 
@@ -26,12 +26,17 @@ from sr_serve.score_files import paired_sets
 from sr_serve.succession import Version, check_not_trained_on, doubts
 from sr_train.cli import exit_with
 from sr_train.metrics import PAPERS_PROTOCOL, MetricError
+from sr_train.model_registry import CHALLENGER
 from sr_train.paired import metric_named
 from sr_train.tracking_server import TrackingError, resolve_tracking_uri
 from sr_train.upscaler import BICUBIC, UpscalerError
 
 USER_ERRORS = (DataError, StorageError, ModelError, MetricError, UpscalerError, TrackingError, PromotionError)
 DONE, NOT_BETTER = 0, 1
+OF_ROLLBACK = ("name", "rollback", "dry_run", "tracking_uri")
+"""Options that mean something with --rollback."""
+OF_SCORES = ("name", "scores", "challenger", "metric", "min_gain_db", "dry_run", "tracking_uri")
+"""Options that mean something with --scores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +53,7 @@ class Options:
     """psnr@y,crop=scale (the papers', when not given), psnr@rgb,crop=scale or psnr@rgb,crop=scale+6 (EDSR on DIV2K)."""
     scores: tuple[str, str] | None = None
     """In place of --sets: files of evaluate_model.py --json with the challenger's and the champion's scores."""
-    challenger: str = "challenger"
+    challenger: str = CHALLENGER
     """Which version to promote: an alias, or a version's number."""
     metric: str = "psnr"
     """What is compared image by image: psnr or ssim."""
@@ -85,14 +90,21 @@ def _check_options(options: Options) -> None:
         raise PromotionError("--min-gain-db is in dB, which SSIM has not; leave it out with --metric ssim")
     if not 0.0 <= options.min_gain_db < float("inf"):
         raise PromotionError(f"min_gain_db={options.min_gain_db:g} must be at least 0 (--min-gain-db)")
-    scoring = {"--sets": options.sets, "--split": options.split, "--protocol": options.protocol}
-    given = [flag for flag, value in {**scoring, "--scores": options.scores}.items() if value is not None]
-    if options.rollback and given:
+    if options.rollback and (given := _given(options, but=OF_ROLLBACK)):
         raise PromotionError(f"--rollback compares nothing; leave out {', '.join(given)}")
-    if options.scores is not None and len(given) > 1:
-        raise PromotionError(f"--scores are read, not made; leave out {', '.join(given[:-1])}")
+    if options.scores is not None and (given := _given(options, but=OF_SCORES)):
+        raise PromotionError(f"--scores are read, not made; leave out {', '.join(given)}")
     if not options.rollback and options.scores is None and options.sets is None:
         raise PromotionError("on what are the two to be compared? Give --sets (scored now) or --scores (files)")
+
+
+def _given(options: Options, *, but: Collection[str]) -> list[str]:
+    """The flags that were given another value than they have by themselves."""
+    return [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(options)
+        if field.name not in but and getattr(options, field.name) != field.default
+    ]
 
 
 def _promote(options: Options) -> int:
@@ -121,7 +133,8 @@ def _promote(options: Options) -> int:
         print(f"Would be promoted, but nothing was moved (--dry-run): {of_model}.")
         return DONE
     before = BICUBIC if champion is None else champion.version
-    promote(uri, state, challenger, record=json.dumps(decision.to_json_dict(against=before), ensure_ascii=False))
+    record = json.dumps(decision.to_json_dict(against=before), ensure_ascii=False)
+    promote(uri, state, challenger, by_number=options.challenger.isdecimal(), record=record)
     print(f"Promoted: {of_model}; {state.name}@champion is version {challenger.version} now.")
     return DONE
 
@@ -178,7 +191,7 @@ def _roll_back(options: Options) -> int:
     if options.dry_run:
         print(f"Would move {step}; nothing was moved (--dry-run).")
         return DONE
-    roll_back(uri, state, way)
+    roll_back(uri, way)
     print(f"Moved {step}.")
     return DONE
 

@@ -53,51 +53,56 @@ def read_model(tracking_uri: str, name: str) -> ModelState:
     return ModelState(name=name, aliases=aliases, versions=versions)
 
 
-def promote(tracking_uri: str, state: ModelState, challenger: Version, *, record: str) -> None:
-    """Makes `challenger` the champion in place of the one in `state`; `record` becomes its tag `promotion`.
+def promote(tracking_uri: str, compared: ModelState, challenger: Version, *, by_number: bool, record: str) -> None:
+    """Makes `challenger` the champion in place of the one in `compared`; `record` becomes its tag `promotion`.
 
-    PromotionError, with nothing changed, if the champion is another one by now. TrackingError if the registry refuses
-    or goes away.
+    Scoring may have taken hours, so the registry is read again. PromotionError, with nothing changed, if the champion
+    is another one by now, or the challenger may not be promoted any more (`by_number`: see `ModelState.promotable`).
+    TrackingError if the registry refuses or goes away.
     """
-    tags: dict[str, str | None] = {
+    state = read_model(tracking_uri, compared.name)
+    challenger = state.promotable(challenger.version, by_number=by_number)
+    tags = {
         BEFORE_TAG: state.before_tag(challenger),
         PROMOTED_AT_TAG: _now(),
         PROMOTION_TAG: record,
         ROLLED_BACK_AT_TAG: None,
     }
-    champion = state.champion
-    expected = None if champion is None else champion.version
+    expected = None if compared.champion is None else compared.champion.version
     with as_tracking_error(tracking_uri):
-        client = connect(tracking_uri)
-        _check_still(client, state.name, expected)
         # The tags first: a process killed in between leaves tags that say too much, not a champion without history.
-        _set_tags(client, challenger, tags)
-        try:
-            _move(client, state.name, expected, challenger.version)
-        except PromotionError:
-            _set_tags(client, challenger, {key: challenger.tags.get(key) for key in tags})
-            raise
+        _tag_and_move(connect(tracking_uri), challenger, tags, expected=expected, to=challenger.version)
 
 
-def roll_back(tracking_uri: str, state: ModelState, way: WayBack) -> None:
+def roll_back(tracking_uri: str, way: WayBack) -> None:
     """Makes `way.to` the champion again, and takes `way.left` out of the history. Errors as `promote`."""
+    left = way.left[0]
     with as_tracking_error(tracking_uri):
         client = connect(tracking_uri)
-        _move(client, state.name, way.left[0].version, way.to.version)
+        # The mark first: a process killed in between must not leave a version that lost its place without it, or the
+        # alias `challenger`, if it is still there, gets it promoted once more.
+        _tag_and_move(client, left, {ROLLED_BACK_AT_TAG: _now()}, expected=left.version, to=way.to.version)
         for version, before in way.tags_left():
             _set_tags(client, version, {BEFORE_TAG: before})
-        _set_tags(client, way.left[0], {ROLLED_BACK_AT_TAG: _now()})
         _set_tags(client, way.to, {ROLLED_BACK_AT_TAG: None})
 
 
-def _move(client: "MlflowClient", name: str, expected: str | None, to: str) -> None:
-    """The alias from `expected` to `to`.
+def _tag_and_move(
+    client: "MlflowClient", tagged: Version, tags: Mapping[str, str | None], *, expected: str | None, to: str
+) -> None:
+    """Sets tags of a version, then the alias from version `expected` to `to`; the tags as they were if it is elsewhere.
 
     MLflow has no compare-and-set: a move by someone else in the milliseconds between look and move is overwritten.
     """
-    _check_still(client, name, expected)
-    client.set_registered_model_alias(name, CHAMPION, to)
-    _check_still(client, name, to, moved=True)
+    _check_still(client, tagged.name, expected)
+    _set_tags(client, tagged, tags)
+    try:
+        _check_still(client, tagged.name, expected)
+    except PromotionError:
+        _set_tags(client, tagged, {key: tagged.tags.get(key) for key in tags})
+        raise
+    client.set_registered_model_alias(tagged.name, CHAMPION, to)
+    _check_still(client, tagged.name, to, moved=True)
 
 
 def _check_still(client: "MlflowClient", name: str, expected: str | None, *, moved: bool = False) -> None:

@@ -67,6 +67,10 @@ class ModelState:
                 f"{self.name} has no version with the alias {asked!r}; it has {known or 'no alias'} and the versions "
                 f"{self._numbers()} (--challenger)"
             )
+        return self.promotable(number, by_number=by_number)
+
+    def promotable(self, number: str, *, by_number: bool) -> Version:
+        """The version, if it may be promoted; `by_number`: asked for so, which a rollback does not forbid."""
         found = self._version(number, "(--challenger)")
         if NOT_PROMOTABLE_TAG in found.tags:
             raise PromotionError(

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("mlflow", "numpy", "opencv-python-headless", "pillow", "safetensors", "torch")
 """What a registered model needs to run (MLflow loads it, the rest is imported by `sr_models`)."""
+CHALLENGER = "challenger"
+"""Alias of the version that is next to be compared with the champion: the newest, unless someone moves it."""
 WEIGHTS_TAG = "weights_sha256"
 NOT_PROMOTABLE_TAG = "not_promotable"
 """On a version that must never become champion; its value is the reason."""
@@ -61,7 +63,7 @@ def register_model(
     sample_lr_HWC: np.ndarray,
     sample_hr_HWC: np.ndarray | None = None,
     card: str | None = None,
-    alias: str | None = "challenger",
+    alias: str | None = CHALLENGER,
 ) -> RegisteredVersion:
     """Register the weights in `folder` (written by `sr_models.weights.save_model`) as a new version of model `name`.
 

@@ -1,5 +1,6 @@
 """Versions of one colour in a real registry, which become champion or don't."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -101,11 +102,10 @@ def promote(run_main, mlflow_server: MlflowServer, tiny_photos: Path) -> Callabl
     """The script on the six photos, or as the arguments say."""
 
     def run(model: Registered, *arguments: object) -> Outcome:
-        own = {"--scores", "--rollback", "--sets"} & set(map(str, arguments))
-        sets = [] if own else ["--sets", tiny_photos]
-        return run_main(
-            promote_model.main, model.name, *sets, *arguments, "--device", "cpu", "--tracking-uri", mlflow_server.uri
-        )
+        scoring: list[object] = []
+        if not {"--scores", "--rollback"} & set(map(str, arguments)):
+            scoring = ["--device", "cpu", *([] if "--sets" in arguments else ["--sets", tiny_photos])]
+        return run_main(promote_model.main, model.name, *scoring, *arguments, "--tracking-uri", mlflow_server.uri)
 
     return run
 
@@ -146,7 +146,7 @@ def test_the_promoted_version_says_why(promote, model: Registered, tiny_photos: 
     model.set("champion", model.add(WHITE))
     model.add(GREY)
     (tmp_path / "few").mkdir()
-    for level in (100, 140):
+    for level in (100, 110, 120, 130, 140):
         noisy_HWC = np.random.default_rng(level).normal(level, 9, (40, 40, 3)).clip(0, 255)
         Image.fromarray(noisy_HWC.astype(np.uint8)).save(tmp_path / f"few/{level}.png")
     sets = f"{tiny_photos},{tmp_path / 'few'}"
@@ -156,7 +156,7 @@ def test_the_promoted_version_says_why(promote, model: Registered, tiny_photos: 
     assert tags["champion_before"] == "1" and tags["promoted_at"].startswith("20")
     record = json.loads(tags["promotion"])
     assert (record["against"], record["metric"], record["min_gain"], record["scale"]) == ("1", "psnr", 0.5, 2)
-    assert (record["protocol"], record["images"]) == ("psnr@rgb,crop=scale", 8)
+    assert (record["protocol"], record["images"]) == ("psnr@rgb,crop=scale", 11)
     fingerprints = {
         uri.name: load_manifest(str(uri), split="test", scale=2).fingerprint for uri in (tiny_photos, tmp_path / "few")
     }
@@ -234,18 +234,27 @@ def test_rollback_walks_back_and_a_newer_version_follows(promote, model: Registe
     assert "rolled_back_at" not in model.tags("3") and model.tags("3")["champion_before"] == "1"
 
 
-def test_a_champion_that_someone_else_moved_meanwhile_is_left_alone(promote, model: Registered, monkeypatch) -> None:
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """`meanwhile(act)`: that happens to the registry while the script is scoring."""
+
+    def during_scoring(act: Callable[[], None]) -> None:
+        original = promote_model.decide
+
+        def slow(*arguments, **options):
+            act()
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(promote_model, "decide", slow)
+
+    return during_scoring
+
+
+def test_a_champion_that_someone_else_moved_meanwhile_is_left_alone(promote, model: Registered, meanwhile) -> None:
     model.set("champion", model.add(WHITE))
     model.add(WHITE)
     model.add(GREY)
-    original = promote_model.decide
-
-    def slow(*arguments, **options):
-        decision = original(*arguments, **options)
-        model.set("champion", "2")
-        return decision
-
-    monkeypatch.setattr(promote_model, "decide", slow)
+    meanwhile(lambda: model.set("champion", "2"))
     outcome = promote(model)
     assert (outcome.status, model.champion, model.tags("3")) == (2, "2", {})
     assert f"{model.name}@champion is at version 2 now, not at version 1: someone else moved it" in outcome.err
@@ -267,6 +276,67 @@ def test_a_move_between_the_last_look_and_the_alias_leaves_no_tags(promote, mode
     monkeypatch.setattr(MlflowClient, "set_model_version_tag", someone_else)
     outcome = promote(model)
     assert (outcome.status, model.champion, model.tags("3")) == (2, "2", {"kept": "as it was"})
+
+
+def test_a_challenger_that_was_forbidden_while_it_was_scored_stays_one(promote, model: Registered, client, meanwhile):
+    model.set("champion", model.add(WHITE))
+    model.add(GREY)
+    meanwhile(lambda: client.set_model_version_tag(model.name, "2", "not_promotable", "its licence"))
+    outcome = promote(model)
+    assert (outcome.status, model.champion, model.tags("2")) == (2, "1", {"not_promotable": "its licence"})
+    assert "must never become champion: its licence" in outcome.err
+
+
+def test_what_came_and_went_while_it_was_scored_stays_in_the_history(promote, model: Registered, client, meanwhile):
+    model.set("champion", model.add(WHITE))
+    model.add(GREY)
+
+    def there_and_back() -> None:
+        client.set_model_version_tag(model.name, "2", "champion_before", "1")
+        client.set_model_version_tag(model.name, "1", "champion_before", "2")
+
+    meanwhile(there_and_back)
+    assert promote(model).status == 0
+    assert model.tags("2")["champion_before"] == "1,1"
+
+
+def test_a_rollback_that_is_cut_off_is_not_undone_by_the_next_promotion(
+    promote, model: Registered, monkeypatch
+) -> None:
+    model.set("champion", model.add(WHITE))
+    model.add(GREY)
+    assert promote(model).status == 0
+    original = MlflowClient.set_registered_model_alias
+
+    def cut_off(self, name, alias, version):
+        original(self, name, alias, version)
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "set_registered_model_alias", cut_off)
+        outcome = promote(model, "--rollback")
+    assert (outcome.status, model.champion) == (2, "1")
+    assert "Connection reset" in outcome.err
+    by_alias = promote(model)
+    assert (by_alias.status, model.champion) == (2, "1")
+    assert "was rolled back at" in by_alias.err
+
+
+def test_a_rollback_that_someone_else_was_faster_than_marks_nothing(promote, model: Registered, monkeypatch) -> None:
+    model.set("champion", model.add(WHITE))
+    model.add(GREY)
+    assert promote(model).status == 0
+    before = model.tags("2")
+    original = MlflowClient.set_model_version_tag
+
+    def someone_else(self, name, version, key, value):
+        original(self, name, version, key, value)
+        model.set("champion", "1")
+
+    monkeypatch.setattr(MlflowClient, "set_model_version_tag", someone_else)
+    outcome = promote(model, "--rollback")
+    assert (outcome.status, model.champion, model.tags("2")) == (2, "1", before)
+    assert "Nothing was moved" in outcome.err
 
 
 def test_scores_from_files_decide_as_scores_made_now(
@@ -327,6 +397,11 @@ def test_what_must_not_be_promoted_or_compared(promote, model: Registered, tiny_
         (["m"], "Give --sets (scored now) or --scores (files)"),
         (["m", "--sets", "a", "--scores", "a.json", "b.json"], "--scores are read, not made; leave out --sets"),
         (["m", "--rollback", "--sets", "a"], "--rollback compares nothing; leave out --sets"),
+        (
+            ["m", "--rollback", "--challenger", "3", "--metric", "ssim", "--tile-px-lr", "96", "--device", "cpu"],
+            "--rollback compares nothing; leave out --challenger, --metric, --tile-px-lr, --device",
+        ),
+        (["m", "--scores", "a", "b", "--device", "cuda"], "--scores are read, not made; leave out --device"),
         (["m", "--sets", "a", "--metric", "lpips"], "unknown metric 'lpips'; there are: psnr  ssim (--metric)"),
         (["m", "--sets", "a", "--metric", "ssim", "--min-gain-db", "0.1"], "--min-gain-db is in dB"),
         (["m", "--sets", "a", "--min-gain-db", "-1"], "min_gain_db=-1 must be at least 0"),
