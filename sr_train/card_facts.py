@@ -8,7 +8,7 @@ from typing import Any
 from sr_data.manifest import Manifest
 from sr_train.adversarial_config import AdversarialConfig
 from sr_train.checkpoint import Checkpoint
-from sr_train.model_card import CardFacts, CardScore, CardScores, Row
+from sr_train.model_card import LICENCE_UNKNOWN, CardFacts, CardScore, CardScores, Row
 from sr_train.options import ScheduleConfig
 from sr_train.plan import Plan
 from sr_train.plan_report import dataset_line
@@ -157,9 +157,8 @@ def _licences(plan: Plan) -> tuple[str, ...]:
         texts.append(f"Whoever trained it says: {said}")
     if (known := dataset_licence(plan.train)) is not None:
         texts.append(known)
-    if not texts:
-        return ()
     if plan.config.checkpoint.init_from is not None:
+        texts = texts or [LICENCE_UNKNOWN]
         texts.append("It began with another model's weights, whose licence and training images count too.")
     return tuple(texts)
 

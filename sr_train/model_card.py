@@ -11,6 +11,8 @@ CARD_FILE = "MODEL_CARD.md"
 MAX_DESCRIPTION_LENGTH = 5_000
 """Characters of a version's description that MLflow's databases hold (`SqlModelVersion.description`)."""
 
+LICENCE_UNKNOWN = "Not known: whoever registers or passes on this model must say what its training images allow."
+
 _HEADING = "\n\n## "
 _LEFT_OUT_FIRST = ("Also recorded", "How it was trained", "What it was trained on", "How to load it")
 
@@ -64,7 +66,7 @@ class CardFacts:
     samples: tuple[str, ...] = ("lr", "bicubic", "sr")
     """Names of the pictures in samples/."""
     licences: tuple[str, ...] = ()
-    """What is known, a paragraph each; Markdown."""
+    """What is known, a paragraph each; Markdown. `LICENCE_UNKNOWN` if there is none."""
     limits: tuple[str, ...] = ()
     """What else to beware of, a sentence each; Markdown."""
     not_promotable: str | None = None
@@ -185,9 +187,7 @@ def _samples(names: Sequence[str]) -> str:
 
 
 def _licence(licences: Sequence[str]) -> str:
-    if not licences:
-        return "Not known: whoever registers or passes on this model must say what its training images allow."
-    return "\n\n".join(licences)
+    return "\n\n".join(licences or [LICENCE_UNKNOWN])
 
 
 def _limits(facts: CardFacts) -> str:

@@ -11,16 +11,26 @@ import pytest
 from PIL import Image
 
 from sr_data.manifest import load_manifest
+from sr_models.architectures import build_model
 from sr_models.discriminators import DiscriminatorConfig
 from sr_models.edsr import EDSRConfig
 from sr_models.srresnet import SRResNetConfig
+from sr_models.weights import save_model
 from sr_train.adversarial_config import AdversarialConfig
 from sr_train.card_facts import card_facts, dataset_licence
 from sr_train.checkpoint import Checkpoint
 from sr_train.config import TrainConfig
 from sr_train.gan_options import GanConfig
 from sr_train.model_card import MAX_DESCRIPTION_LENGTH, CardFacts, description_of, model_card
-from sr_train.options import ConfigError, DataConfig, OptimConfig, RunConfig, TrackingConfig, ValidationConfig
+from sr_train.options import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    TrackingConfig,
+    ValidationConfig,
+)
 from sr_train.perceptual_weights import PerceptualConfig
 from sr_train.placement import ClusterFacts
 from sr_train.plan import Plan, make_plan
@@ -144,6 +154,19 @@ def test_licences_are_what_is_known_and_what_the_user_says(tiny_photos: Path) ->
     assert "my own holidays, CC0" in said and "Not known" not in said
     with pytest.raises(ConfigError, match="--tracking.licence-note"):
         TrackingConfig(licence_note=" ")
+
+
+def test_borrowed_weights_are_told_whatever_is_known_of_the_images(tiny_photos: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "other", EDSR, build_model(EDSR, seed=0).state_dict())
+    begun = {"checkpoint": CheckpointConfig(init_from=str(tmp_path / "other"))}
+    own = {
+        "data": DataConfig(uri=str(tiny_photos), patch_px_hr=32),
+        "validation": ValidationConfig(uri=str(tiny_photos)),
+    }
+    borrowed = "It began with another model's weights"
+    known, unknown = card_of(planned(**begun))["Licence"], card_of(planned(**begun, **own))["Licence"]
+    assert "CC BY 2.0" in known and borrowed in known and "Not known" not in known
+    assert unknown.startswith("Not known") and borrowed in unknown
 
 
 def test_no_secret_is_told() -> None:
