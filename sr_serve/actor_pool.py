@@ -49,8 +49,7 @@ def size_pool(
 
     UpscaleError if not even one fits.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise UpscaleError(f"--device {device}: Ray says which GPU an actor uses; allowed are auto, cpu, cuda")
+    check_actor_device(device)
     if device == "auto":
         device = "cuda" if cluster.num_gpus > 0 else "cpu"
     gpus = gpus_per_actor if device == "cuda" else 0.0
@@ -69,6 +68,12 @@ def size_pool(
             f"--cpus-per-actor"
         )
     return ActorPool(num_actors=min(num_actors or num_held, num_images), device=device, cpus=cpus, gpus=gpus)
+
+
+def check_actor_device(device: str) -> None:
+    """UpscaleError if `device` is none that actors can have, on whatever cluster."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UpscaleError(f"--device {device}: Ray says which GPU an actor uses; allowed are auto, cpu, cuda")
 
 
 def _share(cluster: ClusterFacts, gpus: float) -> float:

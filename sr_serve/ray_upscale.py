@@ -10,6 +10,7 @@ import logging
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ MAX_TASKS = 4000
 """A task is one image, which keeps the progress honest; of more images than this, as many as it takes. Ray Data's
 driver keeps something of each task, and lists them all when it starts."""
 NUM_RETRIES = 2
-"""Of a task whose actor dies, of memory or with its node."""
+"""Of a task whose actor dies: the system took its memory away, or its node went."""
 _MAX_LOST_TASKS = 16
 """An image that kills its actor each time is a bad image; so many are something else, and end the run."""
 _GIVEN_UP = "Ray gave it up: its actor died each time, of memory perhaps, or failed, which Ray's messages then say"
@@ -84,7 +85,7 @@ def make_on_cluster(
 def _dataset(images: Sequence[Image]) -> ray.data.Dataset:
     """A row per image, a block per task."""
     num_per_task = -(-len(images) // MAX_TASKS)
-    rows = [{"key": image.key, "target_key": image.target_key} for image in images]
+    rows = [asdict(image) for image in images]
     dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // num_per_task))
     return dataset
 
@@ -149,7 +150,7 @@ class _Actor:
         for row in batch.to_pylist():
             if self._refused is None:
                 try:
-                    reason = self._maker.make(Image(key=row["key"], target_key=row["target_key"]))
+                    reason = self._maker.make(Image(**row))
                     rows.append({"key": row["key"], "reason": reason, "is_fatal": False})
                 except StorageError as error:
                     self._refused = str(error)

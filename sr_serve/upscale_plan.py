@@ -18,6 +18,7 @@ FAILED_KEY = "upscale_images_failed.json"
 FORMAT_FLAGS: Mapping[str, str | None] = {"same": None, "png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 """--format → what `upscale_file` calls it."""
 _SHOWN = 3
+_WITNESSES = 3
 
 
 class UpscaleError(ValueError):
@@ -64,6 +65,8 @@ class Image:
     """Below SOURCE."""
     target_key: str
     """Below TARGET."""
+    num_bytes: int | None
+    """Of the source, as it was listed; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +78,8 @@ class Plan:
     outdated: tuple[str, ...]
     """Keys in TARGET of what was made of a source that has changed since, or by another recipe."""
     record: Record
+    witnesses: tuple[str, ...]
+    """A few images below SOURCE, first such as were read before: they show whether a refusal is about one image."""
     num_finished: int
     """Images that are there already."""
     num_ignored: int
@@ -115,10 +120,13 @@ def make_plan(
     files of these names that are not on its record.
     """
     versions = {entry.key: entry.version for entry in sources}
+    sizes = {entry.key: entry.num_bytes for entry in sources}
     keys = list_images(versions)
     if not keys:
         raise UpscaleError(f"{recipe.source}: none of its {len(sources)} files has an image's suffix (SOURCE)")
-    images = tuple(Image(key=key, target_key=target_name(key, FORMAT_FLAGS[recipe.format])) for key in keys)
+    images = tuple(
+        Image(key=key, target_key=target_name(key, FORMAT_FLAGS[recipe.format]), num_bytes=sizes[key]) for key in keys
+    )
     _check_distinct(images, recipe)
     existing = {entry.key for entry in targets}
     known: Mapping[str, str] = recorded.sources if recorded is not None and recorded.recipe == recipe else {}
@@ -137,6 +145,7 @@ def make_plan(
         todo=todo,
         outdated=tuple(sorted(outdated)),
         record=Record(recipe=recipe, model=model, sources={**known, **{key: versions[key] for key in keys}}),
+        witnesses=_witnesses([image.key for image in images if image.target_key in finished], keys),
         num_finished=len(images) - len(todo),
         num_ignored=len(sources) - len(keys),
     )
@@ -161,6 +170,12 @@ def target_format(target: str, format_flag: str) -> str:
             return name
     wanted = f"--format {format_flag}" if asked else "written here: .png, .jpg and .webp are"
     raise UpscaleError(f"{target}: its suffix is not {wanted} (TARGET)")
+
+
+def _witnesses(finished: Sequence[str], keys: Sequence[str]) -> tuple[str, ...]:
+    """Spread, since what is refused often lies together."""
+    spread = (names[:: -(-len(names) // _WITNESSES)] for names in (finished, keys) if names)
+    return tuple(dict.fromkeys(name for names in spread for name in names))
 
 
 def _check_distinct(images: Iterable[Image], recipe: Recipe) -> None:

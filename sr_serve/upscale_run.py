@@ -15,6 +15,7 @@ from sr_models.image_file import target_name
 from sr_models.inference import placed
 from sr_models.network import SRNetwork
 from sr_models.weights import weights_digest
+from sr_serve.actor_pool import check_actor_device, size_pool
 from sr_serve.upscale_options import UpscaleOptions
 from sr_serve.upscale_plan import (
     FAILED_KEY,
@@ -29,7 +30,7 @@ from sr_serve.upscale_plan import (
     read_record,
     target_format,
 )
-from sr_serve.upscale_progress import UpscaleProgress
+from sr_serve.upscale_progress import UpscaleProgress, announcement, summary
 from sr_serve.upscale_worker import OVERLAP, ImageMaker, Work
 from sr_train.checkpoint import CheckpointError
 from sr_train.options import ConfigError
@@ -39,7 +40,6 @@ from sr_train.upscaler import UpscalerError, device_named, open_network, pinned
 USER_ERRORS = (UpscaleError, StorageError, ModelError, CheckpointError, ConfigError, UpscalerError, TrackingError)
 """What `upscale` raises, and the user can mend."""
 _DELETING_THREADS = 16
-_LISTED = 20
 
 
 Failures = dict[str, str]
@@ -69,12 +69,14 @@ def _upscale_file(model: str, store: Store, key: str, target: str, options: Upsc
     if not options.overwrite and target_store.exists(target_key):
         raise UpscaleError(f"{target_uri}: is there already; choose another TARGET, or replace it with --overwrite")
     device = device_named(options.device)
+    _check_writable(target_store)
     network = open_network(model, tracking_uri=options.tracking_uri)
     if options.dry_run:
         print(f"would upscale {store.uri_of(key)} x{network.config.scale} to {target_uri}")
         return {}
     work = _work(options, written_as, source_uri=store.uri, target_uri=target_store.uri)
-    reason = ImageMaker(placed(network, device), work).make(Image(key=key, target_key=target_key))
+    image = Image(key=key, target_key=target_key, num_bytes=_num_bytes(store, key))
+    reason = ImageMaker(placed(network, device), work).make(image)
     if reason is not None:
         print(f"not upscaled: {reason}")
         return {key: reason}
@@ -94,16 +96,30 @@ def _upscale_folder(model: str, source: Store, target: str, options: UpscaleOpti
     network = open_network(fixed, tracking_uri=options.tracking_uri)
     existing = store.list()
     plan = _plan(network, fixed, source, sources, store, existing, options)
-    print(_announcement(plan, store, options), flush=True)
+    if plan.todo:
+        if _is_made_here(plan, options):
+            device_named(options.device)
+        else:
+            check_actor_device(options.device)
+        _check_writable(store)
+    print(announcement(plan, store, dry_run=options.dry_run, overwrite=options.overwrite), flush=True)
     if options.dry_run:
         return {}
     started_s = time.monotonic()
-    work = _work(options, FORMAT_FLAGS[options.format], source_uri=source.uri, target_uri=store.uri)
-    make_all = _maker(network, plan.todo, work, options)
-    _prepare(store, plan)
-    failures = _with_progress(make_all, len(plan.todo))
+    failures: Failures = {}
+    if plan.todo:
+        work = _work(
+            options,
+            FORMAT_FLAGS[options.format],
+            source_uri=source.uri,
+            target_uri=store.uri,
+            witnesses=plan.witnesses,
+        )
+        make_all = _maker(network, plan, work, options)
+        _prepare(store, plan)
+        failures = _with_progress(make_all, len(plan.todo))
     _write_failures(store, failures, {entry.key for entry in existing})
-    print(_summary(plan, store, failures, time.monotonic() - started_s))
+    print(summary(plan, store, failures, time.monotonic() - started_s))
     return failures
 
 
@@ -146,16 +162,24 @@ def _prepare(target: Store, plan: Plan) -> None:
     """In this order, so that a run that is killed here leaves nothing that counts as finished and is not."""
     with ThreadPoolExecutor(_DELETING_THREADS, "delete") as threads:
         list(threads.map(target.delete, plan.outdated))
-    if plan.todo:
-        target.write(RECORD_KEY, plan.record.to_json().encode())
+    target.write(RECORD_KEY, plan.record.to_json().encode())
 
 
-def _maker(network: SRNetwork, images: Sequence[Image], work: Work, options: UpscaleOptions) -> MakeAll:
+def _is_made_here(plan: Plan, options: UpscaleOptions) -> bool:
+    """A folder of one image is not worth a cluster, unless one was asked for. The last image of a folder that others
+    were made of elsewhere is: this machine may lack the GPU, or the memory, that it needs.
+    """
+    if options.num_actors is not None:
+        return options.num_actors == 0
+    return len(plan.todo) + plan.num_finished == 1 and not os.environ.get("RAY_ADDRESS")
+
+
+def _maker(network: SRNetwork, plan: Plan, work: Work, options: UpscaleOptions) -> MakeAll:
     """Who makes the images; what stands against it (device, cluster) is found here, before anything is written."""
-    if options.num_actors == 0 or len(images) <= 1:
+    images = plan.todo
+    if _is_made_here(plan, options):
         return partial(_make_here, ImageMaker(placed(network, device_named(options.device)), work), images)
     # Here: Ray takes 3 s to import, and one image needs none of it.
-    from sr_serve.actor_pool import size_pool
     from sr_serve.ray_upscale import make_on_cluster
     from sr_train.ray_cluster import cluster_facts, connect
 
@@ -175,18 +199,17 @@ def _maker(network: SRNetwork, images: Sequence[Image], work: Work, options: Ups
 
 def _with_progress(make_all: MakeAll, num_images: int) -> Failures:
     failures: Failures = {}
-    if num_images:
-        progress = UpscaleProgress(num_images)
+    progress = UpscaleProgress(num_images)
 
-        def on_result(key: str, reason: str | None) -> None:
-            if reason is not None:
-                failures[key] = reason
-            progress.one_more(is_bad=reason is not None)
+    def on_result(key: str, reason: str | None) -> None:
+        if reason is not None:
+            failures[key] = reason
+        progress.one_more(is_bad=reason is not None)
 
-        try:
-            make_all(on_result)
-        finally:
-            progress.close()
+    try:
+        make_all(on_result)
+    finally:
+        progress.close()
     return failures
 
 
@@ -218,11 +241,26 @@ def _as_file(uri: str) -> tuple[Store, str] | None:
 def _file_target(target: str, source_key: str, format_flag: str) -> tuple[Store, str, str | None]:
     """Where one image goes: (store, key, format). A TARGET without a suffix, or that is a folder, is a folder."""
     store = open_store(target)
-    is_folder = "://" not in store.uri and Path(store.uri).is_dir()
+    is_folder = "://" not in store.uri and os.path.isdir(store.uri)
     if is_folder or target.endswith("/") or not PurePosixPath(store.uri).suffix:
         return store, target_name(source_key, FORMAT_FLAGS[format_flag]), FORMAT_FLAGS[format_flag]
     store, key = split_uri(target)
     return store, key, target_format(key, format_flag)
+
+
+def _check_writable(target: Store) -> None:
+    """StorageError if TARGET refuses. Leaves nothing behind, not even TARGET's folder."""
+    if "://" not in target.uri:
+        folder = target.uri
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        target = open_store(folder)
+    target.check_writable()
+
+
+def _num_bytes(store: Store, key: str) -> int | None:
+    """Of a local file; a server may give an object and refuse to list it."""
+    return Path(store.uri_of(key)).stat().st_size if "://" not in store.uri else None
 
 
 def _real(uri: str) -> str:
@@ -230,7 +268,14 @@ def _real(uri: str) -> str:
     return uri if "://" in uri else os.path.realpath(uri)
 
 
-def _work(options: UpscaleOptions, written_as: str | None, *, source_uri: str, target_uri: str) -> Work:
+def _work(
+    options: UpscaleOptions,
+    written_as: str | None,
+    *,
+    source_uri: str,
+    target_uri: str,
+    witnesses: tuple[str, ...] = (),
+) -> Work:
     return Work(
         source_uri=source_uri,
         target_uri=target_uri,
@@ -239,22 +284,8 @@ def _work(options: UpscaleOptions, written_as: str | None, *, source_uri: str, t
         tile_px_lr=options.tile_px_lr,
         self_ensemble=options.self_ensemble,
         precision=options.precision,
+        witnesses=witnesses,
     )
-
-
-def _announcement(plan: Plan, target: Store, options: UpscaleOptions) -> str:
-    recipe = plan.record.recipe
-    verb = "would upscale" if options.dry_run else "upscaling"
-    lines = [f"{verb} {len(plan.todo)} images x{recipe.scale}: {recipe.source} → {target.uri}"]
-    lines.append(f"  model     {plan.record.model} ({recipe.model_sha256})")
-    if plan.num_finished:
-        lines.append(f"  finished  {plan.num_finished} images, which are left as they are")
-    if plan.outdated:
-        why = "to be made anew" if options.overwrite else "whose source has changed since"
-        lines.append(f"  deleted   {len(plan.outdated)} images {why}")
-    if plan.num_ignored:
-        lines.append(f"  ignored   {plan.num_ignored} files that are no images by their names")
-    return "\n".join(lines)
 
 
 def _write_failures(target: Store, failures: Failures, existing: set[str]) -> None:
@@ -263,17 +294,3 @@ def _write_failures(target: Store, failures: Failures, existing: set[str]) -> No
         target.write(FAILED_KEY, f"{text}\n".encode())
     elif FAILED_KEY in existing:
         target.delete(FAILED_KEY)
-
-
-def _summary(plan: Plan, target: Store, failures: Failures, elapsed_s: float) -> str:
-    num_made = len(plan.todo) - len(failures)
-    num_there, num_all = num_made + plan.num_finished, len(plan.todo) + plan.num_finished
-    lines = [f"{target.uri}: {'complete, ' if not failures else ''}{num_there} of {num_all} images"]
-    if plan.todo:
-        lines.append(f"  upscaled {num_made} in {elapsed_s:.1f} s ({num_made / max(elapsed_s, 1e-9):.3g} images/s)")
-    if failures:
-        lines.append(f"  {len(failures)} could not be upscaled ({target.uri_of(FAILED_KEY)}):")
-        lines += [f"    {reason}" for _, reason in sorted(failures.items())[:_LISTED]]
-    if len(failures) > _LISTED:
-        lines.append(f"    and {len(failures) - _LISTED} more")
-    return "\n".join(lines)

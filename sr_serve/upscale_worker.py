@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 
 from sr_data.errors import StorageError
-from sr_data.storage import Store, open_store
+from sr_data.storage import open_store
 from sr_models.errors import ImageFileError
 from sr_models.network import SRNetwork
 from sr_models.upscaling import precision, upscale_file
-from sr_serve.upscale_plan import Image
+from sr_serve.upscale_plan import Image, UpscaleError
 
 OVERLAP = 2
 """Images that are fetched or stored while others are computed."""
+_MAX_BYTES_PER_PX = 8  # 16-bit RGBA, not compressed: no kind of file that is read needs more
+_MAX_BYTES_BESIDES = 64e6  # profile, EXIF, thumbnails
+_MEMORY_WORDS = ("memory", "alloc")  # PyTorch's CPU allocator and cuBLAS raise RuntimeError, and say it in words only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +37,8 @@ class Work:
     """Whether the eight flips and quarter turns are averaged."""
     precision: str
     """float32 or bfloat16."""
+    witnesses: tuple[str, ...]
+    """Keys below SOURCE of a few images: if they are there, a refusal is about one image, and not about SOURCE."""
 
 
 class ImageMaker:
@@ -47,19 +52,27 @@ class ImageMaker:
         self._autocast = precision(work.precision)
         self._computing = threading.Semaphore(num_computed)
         self._stopped = threading.Event()
+        self._last_read: str | None = None
 
     def make(self, image: Image) -> str | None:
         """Writes the upscaled image to TARGET, whole or not at all.
 
         Returns what is wrong with the image, if something is. StorageError is about more than this image: TARGET can't
-        be written, or SOURCE is away.
+        be written, or SOURCE is away. UpscaleError: the GPU no longer works.
         """
+        max_bytes = _MAX_BYTES_PER_PX * 1e6 * self._work.max_mpx + _MAX_BYTES_BESIDES
+        if image.num_bytes is not None and image.num_bytes > max_bytes:
+            limit = f"{max_bytes / 1e6:,.0f} MB, the most that {self._work.max_mpx:g} Mpx can take (--max-mpx)"
+            return f"{image.key}: the file's {image.num_bytes / 1e6:,.0f} MB are more than {limit}"
         try:
             data = self._source.read(image.key)
         except StorageError as error:
-            if _concerns_one_file(error, self._source):
-                return str(error)
-            raise
+            if (reason := self._reason(error, image.key)) is None:
+                raise
+            return reason
+        except MemoryError as error:
+            return _why_not_computed(error, image.key)
+        self._last_read = image.key
         try:
             with self._computing:
                 if self._stopped.is_set():
@@ -76,9 +89,8 @@ class ImageMaker:
                 )
         except ImageFileError as error:
             return str(error)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            reason = str(error).partition("\n")[0]
-            return f"{image.key}: too large for the memory, lower --tile-px-lr ({reason})"
+        except (RuntimeError, MemoryError) as error:
+            return _why_not_computed(error, image.key)
         self._target.write(image.target_key, larger)
         return None
 
@@ -86,11 +98,34 @@ class ImageMaker:
         """No further image is begun: who has to wait for the threads waits for one image, not for all they hold."""
         self._stopped.set()
 
+    def _reason(self, error: StorageError, key: str) -> str | None:
+        """Why the image could not be read; None if that concerns more than this image.
 
-def _concerns_one_file(error: StorageError, source: Store) -> bool:
-    """A disk refuses single files; a server that refuses, refuses everybody, unless it says that there is no such
-    object.
-    """
-    if "://" in source.uri:
-        return error.errno == errno.ENOENT
-    return Path(source.uri).is_dir()  # else this node does not see SOURCE at all
+        A disk refuses single files, and so does a server: by an object's owner, its KMS key, its place in an archive.
+        """
+        if "://" not in self._source.uri:
+            sees_source = Path(self._source.uri).is_dir()  # else this node does not see SOURCE at all
+            return str(error) if sees_source else None
+        if error.errno == errno.ENOENT:
+            return str(error)
+        if error.errno in (errno.EHOSTUNREACH, errno.ETIMEDOUT):
+            return None
+        others = [other for other in (self._last_read, *self._work.witnesses) if other not in (None, key)]
+        if any(self._is_there(other) for other in others):
+            return f"{error}; others in SOURCE are not refused"
+        return None
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            return self._source.exists(key)
+        except StorageError:
+            return False
+
+
+def _why_not_computed(error: RuntimeError | MemoryError, key: str) -> str:
+    said = str(error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, MemoryError) or any(word in said.lower() for word in _MEMORY_WORDS):
+        return f"{key}: too large for the memory, lower --tile-px-lr or --max-mpx ({said})"
+    if isinstance(error, torch.AcceleratorError):  # every image after it would fail as well
+        raise UpscaleError(f"{key}: the GPU no longer works ({said})") from error
+    return f"{key}: can't be upscaled ({type(error).__name__}: {said})"

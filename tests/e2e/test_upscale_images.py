@@ -72,7 +72,7 @@ class Place:
         return [child for child in children if child.name().startswith("ray::MapWorker")]
 
 
-def wait_for(what: str, ready: object, *, timeout_s: float = 120.0) -> None:
+def wait_for(what: str, ready: object, *, timeout_s: float = 280.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not ready():  # type: ignore[operator]
         assert time.monotonic() < deadline, what
@@ -115,7 +115,7 @@ def killed(
     wait_for("half of the images", lambda: len(place.made()) > HALF)
     os.kill(job.driver_pid(), signal.SIGKILL)
     assert job.wait().exit_code != 0
-    wait_for("the end of the actors", lambda: not place.actors(), timeout_s=60)
+    wait_for("the end of the actors", lambda: not place.actors())
     before = {key: written for key, written in place.made().items() if key.endswith(".jpg")}
     return Killed(place=place, before=before, outcome=place.start("--num-actors", 1).wait())
 

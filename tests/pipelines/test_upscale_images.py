@@ -19,7 +19,7 @@ from sr_models.edsr import EDSRConfig
 from sr_models.upscaling import upscale_file
 from sr_models.weights import load_model, save_model
 from sr_serve.upscale_plan import Image
-from sr_serve.upscale_worker import Work
+from sr_serve.upscale_worker import ImageMaker, Work
 from sr_train.model_registry import register_model
 from sr_train.tracking import start_run
 from tests.support.pipeline import command
@@ -70,6 +70,11 @@ WANTED = {
 
 def expected(model, photos, key, **options):
     return upscale_file(load_model(model), (photos / key).read_bytes(), name=key, **options)
+
+
+def work(source, target, **changes):
+    values = {"format": None, "max_mpx": 1, "tile_px_lr": 192, "self_ensemble": False, "precision": "float32"}
+    return Work(**{"source_uri": str(source), "target_uri": str(target), "witnesses": (), **values, **changes})
 
 
 def files(folder):
@@ -141,6 +146,71 @@ def test_a_folder_then_what_was_bad(upscale, model, photos, tmp_path, how, reque
     assert all(after[key] == before[key] for key in WANTED.values())
     assert (target / "bad.png").read_bytes() == (target / "photo-0.png").read_bytes()
     assert "upscaling 2 images" in out and "finished  5 images" in out and "complete, 7 of 7 images" in out
+
+
+WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from pipelines.upscale_images import main
+import sr_serve.upscale_run
+
+used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 2 * 10**9, resource.RLIM_INFINITY))
+main(sys.argv[1:])
+"""
+
+
+def test_an_image_too_large_for_the_memory_is_one_bad_image(repo, photos, tmp_path):
+    """PyTorch's CPU allocator raises a plain RuntimeError."""
+    config = EDSRConfig(scale=2, num_blocks=1, num_channels=64)  # whose first layer takes 4 GB of the image below
+    save_model(tmp_path / "wide", config, build_model(config, seed=0).state_dict())
+    PILImage.new("RGB", (4000, 4000)).save(photos / "bad.png")
+    arguments = [tmp_path / "wide", photos, tmp_path / "out", *HERE, "--tile-px-lr", 4000]
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_LITTLE_MEMORY, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(repo)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "bad.png: too large for the memory, lower --tile-px-lr" in done.stdout
+    assert "5 of 6 images" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_far_too_large_is_not_even_read(upscale, model, photos, tmp_path):
+    with (photos / "bad.png").open("wb") as file:
+        file.truncate(73_000_000)  # a hole: it takes no room
+    status, out, _ = upscale(model, photos, tmp_path / "out", *HERE, "--max-mpx", 1)
+    assert status == 1
+    assert "bad.png: the file's 73 MB are more than 72 MB" in out and "5 of 6 images" in out
+    status, out, _ = upscale(model, photos / "bad.png", tmp_path / "one.png", "--max-mpx", 1)
+    assert status == 1 and "73 MB are more than 72 MB" in out
+
+
+@pytest.mark.parametrize("why", ["resumed", "asked for", "on a cluster"])
+def test_the_last_image_is_made_where_the_others_were(upscale, model, tiny_photos, tmp_path, monkeypatch, why, request):
+    """An actor of that many CPUs fits nowhere: nothing is made, neither there nor here."""
+    request.getfixturevalue("small_cluster")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    target, flags = tmp_path / "out", ["--cpus-per-actor", 999]
+    for number in range(2, 6):
+        (tiny_photos / f"photo-{number}.png").unlink()
+    if why == "resumed":
+        assert upscale(model, tiny_photos, target, *HERE)[0] == 0
+        (target / "photo-1.png").unlink()
+    else:
+        (tiny_photos / "photo-0.png").unlink()
+    if why == "asked for":
+        flags += ["--num-actors", 1]
+    if why == "on a cluster":
+        monkeypatch.setenv("RAY_ADDRESS", "the-one-that-runs")
+    status, _, err = upscale(model, tiny_photos, target, *flags)
+    assert status == 2 and "fits on none of the cluster's nodes" in err
+    assert not (target / "photo-1.png").exists()
+    if why == "asked for":  # by nobody: not worth a cluster
+        assert upscale(model, tiny_photos, target, *flags[:2])[0] == 0
+        assert (target / "photo-1.png").exists()
 
 
 def test_a_third_run_has_nothing_to_do_and_does_nothing(upscale, model, photos, tmp_path):
@@ -231,19 +301,12 @@ def test_a_node_that_does_not_see_target_writes_nothing_there(small_cluster, mod
     from sr_serve.ray_upscale import make_on_cluster
 
     target = tmp_path / "on-the-drivers-disk"
-    work = Work(
-        source_uri=str(photos),
-        target_uri=str(target),
-        format=None,
-        max_mpx=1,
-        tile_px_lr=192,
-        self_ensemble=False,
-        precision="float32",
-    )
-    image = Image(key="photo-0.png", target_key="photo-0.png")
+    image = Image(key="photo-0.png", target_key="photo-0.png", num_bytes=None)
     pool = ActorPool(num_actors=1, device="cpu", cpus=1, gpus=0)
     with pytest.raises(StorageError, match=rf"^{target}: node .* does not see what the driver has written"):
-        make_on_cluster(load_model(model), [image], work, pool, lambda *result: pytest.fail(f"{result}"))
+        make_on_cluster(
+            load_model(model), [image], work(photos, target), pool, lambda *result: pytest.fail(f"{result}")
+        )
     assert not target.exists()
 
 
@@ -265,6 +328,38 @@ def test_from_s3_to_s3_and_wrong_credentials(upscale, model, photos, s3, monkeyp
     assert status == 2 and err.startswith("error: s3://") and "AWS_SECRET_ACCESS_KEY" in err
 
 
+def test_an_object_that_the_server_refuses_is_one_bad_image(upscale, model, photos, s3):
+    """In an archive, it is listed and answered with 403."""
+    bucket = s3.new_bucket()
+    source, target = open_store(f"{bucket}/photos"), open_store(f"{bucket}/out")
+    for key in WANTED:
+        source.write(key, (photos / key).read_bytes())
+    in_archive = {"Bucket": bucket.removeprefix("s3://"), "Key": "photos/photo-4.png", "StorageClass": "GLACIER"}
+    s3.client().put_object(**in_archive, Body=(photos / "photo-4.png").read_bytes())
+    for finished in (0, 4):  # the second run has no other image to make
+        status, out, err = upscale(model, source.uri, target.uri, *HERE)
+        assert status == 1, err
+        assert f"upscaling {5 - finished} images" in out and "4 of 5 images" in out
+        failed = json.loads(target.read_text("upscale_images_failed.json"))
+        assert list(failed) == ["photo-4.png"] and "InvalidObjectState" in failed["photo-4.png"]
+    source.write("photo-4.png", (photos / "photo-4.png").read_bytes())
+    status, _, err = upscale(model, source.uri, target.uri, *HERE)
+    assert status == 0, err
+
+
+def test_a_server_that_refuses_everything_is_no_bad_image(model, photos, s3, monkeypatch):
+    """As when credentials end while images are made."""
+    source = open_store(f"{s3.new_bucket()}/photos")
+    for key in ("photo-0.png", "photo-4.png"):
+        source.write(key, (photos / key).read_bytes())
+    maker = ImageMaker(load_model(model), work(source.uri, f"{source.uri}-x2", witnesses=("photo-4.png",)))
+    image = Image(key="photo-0.png", target_key="photo-0.png", num_bytes=None)
+    assert maker.make(image) is None
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match=f"^{source.uri}/photo-0.png: the server refuses"):
+        maker.make(image)
+
+
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
@@ -274,7 +369,13 @@ def test_from_s3_to_s3_and_wrong_credentials(upscale, model, photos, s3, monkeyp
         (["{model}", "nowhere", "out"], ["nowhere: there is no such file", "SOURCE"]),
         (["{model}", "{photos}", "{photos}/out"], ["TARGET must not be SOURCE"]),
         (["{model}", "{link}", "{photos}"], ["TARGET must not be SOURCE"]),
-        (["{model}", "{photos}", "{photos}/notes.txt"], ["notes.txt"]),
+        (["{model}", "{photos}", "{file}"], ["a-file: is a file, and SOURCE is a folder (TARGET)"]),
+        (["{model}", "{photos}", "builtin://photos"], ["builtin://photos", "never written to"]),
+        (["{model}", "{photos}", "builtin://photos", "--dry-run"], ["builtin://photos", "never written to"]),
+        (["{model}", "{photos}/bad.png", "{file}/x.png"], ["a-file: a part of this path is a file"]),
+        (["{model}", "{photos}/old.tif", "{file}/x.png", "--dry-run"], ["a-file: a part of this path is a file"]),
+        (["{model}", "{photos}", "out", "--dry-run", "--num-actors", "0", "--device", "cuda:99"], ["cuda:99"]),
+        (["{model}", "{photos}", "out", "--dry-run", "--device", "cuda:1"], ["--device cuda:1: Ray says"]),
         (["{model}", "{photos}/old.tif", "out.tif"], ["out.tif: its suffix", "TARGET"]),
         (["{model}", "{photos}/photo-0.png", "{link}/photo-0.png"], ["TARGET is SOURCE"]),
         (["{model}", "{photos}", "out", "--num-actors", "0", "--device", "tpu"], ["tpu", "--device"]),
@@ -287,7 +388,8 @@ def test_from_s3_to_s3_and_wrong_credentials(upscale, model, photos, s3, monkeyp
 )
 def test_mistakes_are_named_before_anything_is_written(upscale, model, photos, tmp_path, arguments, messages):
     (tmp_path / "link").symlink_to(photos)
-    places = {"model": model, "photos": photos, "link": tmp_path / "link"}
+    (tmp_path / "a-file").write_text("no folder")
+    places = {"model": model, "photos": photos, "link": tmp_path / "link", "file": tmp_path / "a-file"}
     before = files(tmp_path)
     status, _, err = upscale(*(argument.format(**places) for argument in arguments))
     assert status == 2

@@ -48,6 +48,15 @@ def test_folders_and_names_stay_and_what_can_not_be_written_becomes_png():
     assert pairs(as_webp) == [("a.tif", "a.webp"), ("b/y.webp",) * 2]
 
 
+def test_what_is_finished_shows_whether_source_is_there():
+    keys = tuple(f"{number}.png" for number in range(10))
+    first = planned(keys)
+    assert len(first.witnesses) == 3 and set(first.witnesses) <= set(keys)
+    last = planned(keys, targets=keys[:9], recorded=first.record)
+    assert pairs(last) == [("9.png",) * 2]
+    assert len(set(last.witnesses[:3]) & set(keys[:9])) == 3
+
+
 def test_two_sources_of_one_target_are_refused_before_any_work():
     with pytest.raises(UpscaleError, match=r"^s3://b/in: 1 times .*b/a\.png and b/a\.tif → b/a\.png.*--format"):
         planned(("b/a.png", "b/a.tif", "a.tif"))
