@@ -13,20 +13,6 @@ from typing import Annotated
 
 import tyro
 
-from sr_data.errors import DataError, StorageError
-from sr_models.errors import ModelError
-from sr_serve.evaluation import SetEvaluation, evaluate, open_models, open_sets, parse_scales, scores_csv
-from sr_serve.evaluation_report import EvaluationReport
-from sr_serve.score_tags import score_tags, write_score_tags
-from sr_train.checkpoint import CheckpointError
-from sr_train.cli import exit_with
-from sr_train.metrics import PAPERS_PROTOCOL, MetricError
-from sr_train.score_report import check_scores_writable, write_scores, write_text
-from sr_train.tracking_server import TrackingError, resolve_tracking_uri
-from sr_train.upscaler import UpscalerError
-
-USER_ERRORS = (DataError, StorageError, ModelError, CheckpointError, MetricError, UpscalerError, TrackingError)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
@@ -40,7 +26,7 @@ class Options:
     """Upscaling factors, separated by commas: no model may have another. The models' own when not given."""
     split: str = "test"
     """Which part of a dataset that has several: test, valid or train."""
-    protocol: str = PAPERS_PROTOCOL
+    protocol: str = "psnr@y,crop=scale"
     """psnr@y,crop=scale (the papers'), psnr@rgb,crop=scale or psnr@rgb,crop=scale+6 (EDSR on DIV2K)."""
     json: str | None = None
     """File or URI to write the scores to, image by image."""
@@ -65,6 +51,10 @@ class Options:
 def main(arguments: Sequence[str]) -> None:
     """Parses, scores, prints. Exits with 2 and a message on what the user can mend."""
     options = tyro.cli(Options, args=list(arguments), prog="evaluate_model.py", description=__doc__)
+    # After the flags, which should not wait 3 s for PyTorch.
+    from sr_serve.evaluation_outputs import USER_ERRORS
+    from sr_train.cli import exit_with
+
     try:
         run(options)
     except USER_ERRORS as error:
@@ -73,14 +63,18 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(options: Options) -> None:
     """Scores each set, prints tables, writes what was asked for. What can be wrong is found before the first score."""
+    from sr_serve.evaluation import evaluate_in_turn, open_models, open_sets, parse_scales
+    from sr_serve.evaluation_outputs import EvaluationOutputs
+    from sr_serve.evaluation_report import EvaluationReport
+
     scales = parse_scales(options.scale)
-    for flag, uri in (("--json", options.json), ("--csv", options.csv)):
-        if uri is not None:
-            check_scores_writable(uri, flag=flag)
     report = None
     if options.html is not None:
         report = EvaluationReport(options.html, protocol=options.protocol, num_pictured=options.html_images)
-        report.check()
+    outputs = EvaluationOutputs(
+        json=options.json, csv=options.csv, report=report, tags=options.tags, tracking_uri=options.tracking_uri
+    )
+    outputs.check()
     models = open_models(
         options.models,
         scales=scales,
@@ -90,23 +84,8 @@ def run(options: Options) -> None:
         tile_px_lr=options.tile_px_lr,
     )
     sets = open_sets(options.sets, split=options.split, scales=models, protocol=options.protocol)
-    evaluations = evaluate(models, sets, protocol=options.protocol, observe=None if report is None else report.observe)
-    print("\n\n".join(evaluation.table() for evaluation in evaluations))
-    if options.json is not None:
-        write_scores(options.json, [scores for evaluation in evaluations for scores in evaluation.to_json_dicts()])
-    if options.csv is not None:
-        write_text(options.csv, scores_csv(evaluations))
-    if report is not None:
-        print(f"\nreport: {report.write(evaluations)}")
-    if options.tags:
-        _tag(evaluations, tracking_uri=options.tracking_uri)
-
-
-def _tag(evaluations: Sequence[SetEvaluation], *, tracking_uri: str | None) -> None:
-    """Last, so that what was scored is not lost to a registry that refuses."""
-    for (name, version), tags in score_tags(evaluations).items():
-        write_score_tags(resolve_tracking_uri(tracking_uri), name=name, version=version, tags=tags)
-        print(f"models:/{name}/{version} is tagged: {', '.join(tag.key for tag in tags)}")
+    observe = None if report is None else outputs.observe
+    outputs.write(evaluate_in_turn(models, sets, protocol=options.protocol, observe=observe))
 
 
 if __name__ == "__main__":

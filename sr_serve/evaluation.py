@@ -8,7 +8,7 @@ import csv
 import io
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -273,15 +273,30 @@ def evaluate_set(
     )
 
 
+def evaluate_in_turn(
+    models: Mapping[int, Sequence[OpenModel]],
+    sets: Iterable[OpenSet],
+    *,
+    protocol: str,
+    observe: Observer | None = None,
+) -> Iterator[SetEvaluation]:
+    """Scores what `open_models` and `open_sets` opened, a set whenever the next one is asked for.
+
+    `observe` sees each image while it is in memory.
+    """
+    for one in sets:
+        yield evaluate_set(one, models[one.manifest.scale], protocol=protocol, observe=observe)
+
+
 def evaluate(
     models: Mapping[int, Sequence[OpenModel]],
-    sets: Sequence[OpenSet],
+    sets: Iterable[OpenSet],
     *,
     protocol: str,
     observe: Observer | None = None,
 ) -> list[SetEvaluation]:
-    """Scores what `open_models` and `open_sets` opened; `observe` sees each image while it is in memory."""
-    return [evaluate_set(one, models[one.manifest.scale], protocol=protocol, observe=observe) for one in sets]
+    """As `evaluate_in_turn`, all at once: for a few images, as a failure loses what is finished."""
+    return list(evaluate_in_turn(models, sets, protocol=protocol, observe=observe))
 
 
 def scores_csv(evaluations: Iterable[SetEvaluation]) -> str:

@@ -2,16 +2,23 @@
 
 Pictures are written while images are scored, as no more than one image is in memory: those of the worst images so far
 of each set and scale, until worse ones take their place. Numbers are there for all images.
+
+Each report has a folder of its own in images/, and its page lists the files in it. An earlier report is whole until the
+new page takes its place; then what it lists is deleted, and nothing else ever is.
 """
 
+import contextlib
 import heapq
 import io
+import json
 import math
 import re
-from collections.abc import Sequence
+import uuid
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.resources import files
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jinja2
@@ -31,6 +38,10 @@ INDEX_FILE = "index.html"
 PICTURES_FOLDER = "images"
 GENERATOR = "sr-ray evaluation report"
 """In the page's head: what may be replaced by the next report."""
+_MARK = f'<meta name="generator" content="{GENERATOR}">'
+_FILES = re.compile(r'<script type="application/json" id="files">(.*?)</script>', re.DOTALL)
+_OWN_KEY = re.compile(rf"{PICTURES_FOLDER}/\d{{8}}-\d{{6}}-[0-9a-f]{{8}}/.+")
+"""A file in a report's own folder; whatever a page lists, no other is deleted."""
 CROP_PX_HR = 64
 """Side of the detail, which the page shows four times as large."""
 THUMBNAIL_PX = 160
@@ -62,6 +73,8 @@ class Pictures:
 class _Kept:
     """The worst images so far of one set and scale."""
 
+    folder: str
+    """Where their pictures are: a key."""
     heap: list[tuple[float, int]] = field(default_factory=list)
     """(minus `rank_db`, minus the image's number): the first is the best of the worst, the last one of equals."""
     pictures: dict[int, Pictures] = field(default_factory=dict)
@@ -69,7 +82,7 @@ class _Kept:
 
 
 class EvaluationReport:
-    """A report in the making: `check`, then `observe` each image, then `write`."""
+    """A report in the making: `check`, then `observe` each image, then `write`; `discard` if it comes to nothing."""
 
     def __init__(self, uri: str, *, protocol: str, num_pictured: int) -> None:
         """`num_pictured`: of how many images of each set and scale, the worst ones, there are pictures."""
@@ -77,25 +90,34 @@ class EvaluationReport:
         self._protocol = protocol
         self._num_pictured = num_pictured
         self._kept: dict[tuple[str, int], _Kept] = {}
+        self._folder = f"{PICTURES_FOLDER}/{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"
+        self._written: set[str] = set()
+        """Keys of all files in the folder."""
+        self._is_shown = False
+        """Whether a page may be there that shows them."""
 
     def check(self) -> None:
         """StorageError if the report could not be written, or would replace a page that is no such report."""
         if self._num_pictured < 0:
             raise StorageError(f"{self._num_pictured} images can't have pictures; give 0 or more (--html-images)")
         try:
-            if self._store.exists(INDEX_FILE) and GENERATOR not in self._store.read_text(INDEX_FILE):
-                raise StorageError(f"{self._store.uri}: holds another {INDEX_FILE}; choose another folder")
+            self._earlier_page()
             self._store.check_writable()
         except StorageError as error:
             raise StorageError(f"{error} (--html)") from error
 
     def observe(self, one: OpenSet, number: int, image: ScoredImage) -> None:
         """Writes the pictures of an image that is among the worst of its set so far, and deletes the one it ousts."""
-        kept = self._kept.setdefault((one.name, one.manifest.scale), _Kept())
+        of_set = one.name, one.manifest.scale
+        if of_set not in self._kept:
+            # Numbered, as names that differ may have one slug.
+            folder = f"{self._folder}/{len(self._kept) + 1:02d}-{_slug(one.name)}-x{one.manifest.scale}"
+            self._kept[of_set] = _Kept(folder=folder)
+        kept = self._kept[of_set]
         rank = rank_db(image.scores)
         if len(kept.heap) >= self._num_pictured and not (kept.heap and rank < -kept.heap[0][0]):
             return
-        prefix = f"{PICTURES_FOLDER}/{_slug(one.name)}-x{one.manifest.scale}/{number + 1:04d}-{_slug(image.pair.name)}"
+        prefix = f"{kept.folder}/{number + 1:04d}-{_slug(image.pair.name)}"
         kept.pictures[number] = self._write_pictures(prefix, image, one.manifest.scale)
         kept.names[number] = image.pair.name
         heapq.heappush(kept.heap, (-rank, -number))
@@ -104,16 +126,52 @@ class EvaluationReport:
             del kept.names[ousted]
             for key in kept.pictures.pop(ousted).all_keys():
                 self._store.delete(key)
+                self._written.remove(key)
 
     def write(self, evaluations: Sequence[SetEvaluation]) -> str:
-        """Writes the page, which completes the report, and deletes pictures of an earlier one. Returns its URI."""
-        current = {key for kept in self._kept.values() for it in kept.pictures.values() for key in it.all_keys()}
-        earlier = self._store.list(f"{PICTURES_FOLDER}/") if self._store.exists(INDEX_FILE) else []
-        self._store.write(INDEX_FILE, self._page(evaluations).encode())
-        for entry in earlier:
-            if entry.key not in current:
-                self._store.delete(entry.key)
+        """Writes the page, which completes the report, and deletes the files of an earlier one. Returns its URI.
+
+        StorageError if it can't be written, or there is another page by now.
+        """
+        page = self._page(evaluations)
+        earlier = _listed_keys(self._earlier_page()) - self._written
+        self._is_shown = True  # even if writing fails: an answer that is lost may follow a page that is there
+        self._store.write(INDEX_FILE, page.encode())
+        for key in sorted(earlier):
+            self._store.delete(key)
+        self._remove_empty_folders(earlier)
         return self._store.uri_of(INDEX_FILE)
+
+    def discard(self) -> None:
+        """Deletes what was written, if no page shows it. No error: the failure before it is the one to hear of."""
+        if self._is_shown:
+            return
+        for key in self._written:
+            with contextlib.suppress(StorageError):
+                self._store.delete(key)
+        self._remove_empty_folders(self._written)
+
+    def _earlier_page(self) -> str:
+        """The text of the report that is there; empty if there is none. StorageError if it is another page."""
+        if not self._store.exists(INDEX_FILE):
+            return ""
+        page = self._store.read_text(INDEX_FILE)
+        if _MARK not in page:
+            raise StorageError(f"{self._store.uri}: holds another {INDEX_FILE}; choose another folder")
+        return page
+
+    def _write_file(self, key: str, data: bytes) -> None:
+        self._written.add(key)  # before: a failure may leave it behind
+        self._store.write(key, data)
+
+    def _remove_empty_folders(self, keys: Collection[str]) -> None:
+        """Of a report that is gone; a disk keeps them, object storage has none."""
+        if "://" in self._store.uri:
+            return
+        parents = {parent for key in keys for parent in PurePosixPath(key).parents if len(parent.parts) > 1}
+        for parent in sorted(parents, key=lambda it: len(it.parts), reverse=True):
+            with contextlib.suppress(OSError):  # not empty: something else is in it
+                (Path(self._store.uri) / parent).rmdir()
 
     def _write_pictures(self, prefix: str, image: ScoredImage, scale: int) -> Pictures:
         hr_HWC = image.pair.hr_HWC
@@ -133,9 +191,9 @@ class EvaluationReport:
             crop_px=side,
         )
         for image_HWC, key, crop_key in zip(shown_HWC, pictures.keys, pictures.crop_keys, strict=True):
-            self._store.write(key, encode_png(image_HWC))
-            self._store.write(crop_key, encode_png(image_HWC[top : top + side, left : left + side]))
-        self._store.write(pictures.thumbnail_key, _thumbnail(hr_HWC))
+            self._write_file(key, encode_png(image_HWC))
+            self._write_file(crop_key, encode_png(image_HWC[top : top + side, left : left + side]))
+        self._write_file(pictures.thumbnail_key, _thumbnail(hr_HWC))
         return pictures
 
     def _page(self, evaluations: Sequence[SetEvaluation]) -> str:
@@ -144,6 +202,7 @@ class EvaluationReport:
         groups = [self._group(number, evaluation) for number, evaluation in enumerate(evaluations, 1)]
         return template.render(
             generator=GENERATOR,
+            files=sorted(self._written),
             groups=groups,
             num_pictured=self._num_pictured,
             num_without=sum(max(0, len(group["images"]) - self._num_pictured) for group in groups),
@@ -152,7 +211,7 @@ class EvaluationReport:
 
     def _group(self, number: int, evaluation: SetEvaluation) -> dict[str, Any]:
         """What the page shows of one set at one scale, as the template takes it."""
-        kept = self._kept.get((evaluation.set, evaluation.scale), _Kept())
+        kept = self._kept.get((evaluation.set, evaluation.scale), _Kept(folder=""))
         pictures = {kept.names[at]: of_image for at, of_image in kept.pictures.items()}
         short = _short([it.model for it in evaluation.models])
         per_image = list(zip(*(it.score.images for it in evaluation.models), strict=True))
@@ -253,6 +312,18 @@ def _thumbnail(image_HWC: NDArray[np.uint8]) -> bytes:
     target = io.BytesIO()
     image.save(target, "JPEG", quality=80)
     return target.getvalue()
+
+
+def _listed_keys(page: str) -> set[str]:
+    """The files of the report that a page shows; none if the list is not there or was edited."""
+    found = _FILES.search(page)
+    try:
+        keys = json.loads(found[1]) if found else []
+    except json.JSONDecodeError:
+        return set()
+    if not isinstance(keys, list):
+        return set()
+    return {key for key in keys if isinstance(key, str) and _OWN_KEY.fullmatch(key) and ".." not in key}
 
 
 def _slug(name: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipelines.evaluate_model import main
+from pipelines.evaluate_model import Options, main
 from sr_data.resize import crop_to_multiple, downscale_bicubic
 from sr_data.storage import open_store
 from sr_models.architectures import build_model
@@ -24,7 +24,7 @@ from sr_models.inference import upscale_image
 from sr_models.weights import save_model
 from sr_serve import evaluation
 from sr_serve.score_tags import read_score_tags
-from sr_train.metrics import score_image
+from sr_train.metrics import PAPERS_PROTOCOL, score_image
 from sr_train.model_registry import register_model
 from sr_train.tracking import start_run
 
@@ -185,6 +185,87 @@ def test_what_was_scored_is_there_though_the_registry_refuses_the_tag(
     assert Path("scores.json").exists()
 
 
+@pytest.fixture
+def before_image(monkeypatch):
+    """`before_image(number, act)`: calls `act` before the image of that number, counted over all sets, is read."""
+    acts, count = {}, 0
+    original = evaluation.load_pair
+
+    def load_pair(*arguments):
+        nonlocal count
+        acts.get(count, lambda: None)()
+        count += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluation, "load_pair", load_pair)
+    return acts.__setitem__
+
+
+@pytest.fixture
+def two_sets(tiny_photos, tmp_path):
+    shutil.copytree(tiny_photos, tmp_path / "second")
+    return f"{tiny_photos},{tmp_path / 'second'}"
+
+
+def test_finished_sets_keep_their_scores_when_a_later_one_fails(
+    evaluate, registered, mlflow_server, two_sets, tmp_path, before_image
+):
+    before_image(6 + 3, (tmp_path / "second/photo-3.png").unlink)
+    files = ("--json", "scores.json", "--csv", "scores.csv", "--html", "report")
+    model = f"models:/{registered}/1"
+    status, out, err = evaluate(model, "--tracking-uri", mlflow_server.uri, "--sets", two_sets, *files)
+    assert status == 2
+    assert re.findall("^error: .*", err, re.MULTILINE) and "second/photo-3.png" in err
+    with open("scores.json") as file:
+        assert [(it["set"], it["model"]) for it in json.load(file)] == [
+            ("tiny_photos", it) for it in ("bicubic", model)
+        ]
+    with open("scores.csv", newline="") as file:
+        assert [row["set"] for row in csv.DictReader(file)] == ["tiny_photos"] * 12
+    assert re.findall(r"^(\w+)  x2", out, re.MULTILINE) == ["tiny_photos"]
+    version = MlflowClient(mlflow_server.uri, mlflow_server.uri).get_model_version(registered, "1")
+    assert [tag.set for tag in read_score_tags(version.tags)] == ["tiny_photos"]
+    assert [path for path in Path("report").rglob("*") if path.is_file()] == []
+
+
+def test_each_set_is_out_before_the_next_one_is_scored(evaluate, two_sets, before_image):
+    seen = []
+    before_image(6, lambda: seen.extend((Path("scores.json").read_text(), Path("scores.csv").read_text())))
+    assert evaluate("bicubic", "--sets", two_sets, "--scale", 2, "--json", "scores.json", "--csv", "scores.csv")[0] == 0
+    [first] = json.loads(seen[0])
+    with open("scores.json") as file:
+        both = json.load(file)
+    assert (both[0], both[1]["set"]) == (first, "second")
+    assert Path("scores.csv").read_text().startswith(seen[1]) and len(seen[1].splitlines()) == 1 + 6
+
+
+def test_an_output_that_fails_stops_no_other(evaluate, two_sets, before_image):
+    def in_the_way():
+        Path("out/scores.json").mkdir()
+        Path("report/images").write_text("mine")
+
+    Path("out").mkdir()
+    Path("report").mkdir()
+    before_image(0, in_the_way)
+    arguments = ("--sets", two_sets, "--scale", 2, "--json", "out/scores.json", "--csv", "out/scores.csv")
+    status, out, err = evaluate("bicubic", *arguments, "--html", "report")
+    assert status == 2
+    first, second = re.findall("^error: .*", err, re.MULTILINE)
+    assert "out/scores.json" in first + second and "report/images" in first + second
+    assert re.findall(r"^(\w+)  x2", out, re.MULTILINE) == ["tiny_photos", "second"]
+    assert len(Path("out/scores.csv").read_text().splitlines()) == 1 + 2 * 6
+    assert [path.name for path in Path("report").iterdir()] == ["images"]
+
+
+def test_a_file_that_can_be_written_again_is_whole(evaluate, two_sets, before_image):
+    before_image(0, Path("scores.json").mkdir)
+    before_image(6, Path("scores.json").rmdir)
+    status, _, err = evaluate("bicubic", "--sets", two_sets, "--scale", 2, "--json", "scores.json")
+    assert status == 0, err
+    with open("scores.json") as file:
+        assert [it["set"] for it in json.load(file)] == ["tiny_photos", "second"]
+
+
 def test_sets_and_scores_on_s3(evaluate, s3, tiny_photos):
     bucket = s3.new_bucket()
     photos = open_store(f"{bucket}/photos")
@@ -326,3 +407,23 @@ def test_the_script_runs_on_its_own_and_a_mistake_is_one_line(repo, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: ',': names no set; give folders or URIs, separated by commas (--sets)\n"
+
+
+@pytest.mark.parametrize(("argument", "expected_status"), [("--help", 0), ("--set", 2)])
+def test_help_and_typos_do_not_wait_for_pytorch(repo, argument, expected_status):
+    code = f"""import sys
+from pipelines.evaluate_model import main
+try:
+    main([{argument!r}])
+except SystemExit as exit_:
+    print(exit_.code, *sorted(sys.modules))"""
+    environment = {**os.environ, "PYTHONPATH": str(repo)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    status, *modules = done.stdout.splitlines()[-1].split()
+    assert int(status) == expected_status
+    assert "tyro" in modules and not {"torch", "mlflow", "numpy", "PIL", "jinja2"} & set(modules)
+
+
+def test_the_default_protocol_is_the_papers():
+    """Written out in the script, which would have to import PyTorch for it."""
+    assert Options(models=(), sets="").protocol == PAPERS_PROTOCOL

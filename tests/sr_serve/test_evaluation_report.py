@@ -1,6 +1,7 @@
 """The HTML report: which images have pictures, what a browser makes of it from disk, what it replaces."""
 
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.inference import upscale_image
 from sr_models.weights import save_model
-from sr_serve.evaluation import evaluate, open_models, open_sets
+from sr_serve.evaluation import evaluate_in_turn, open_models, open_sets
 from sr_serve.evaluation_report import EvaluationReport, worst_crop
 
 CONFIG = EDSRConfig(scale=2, num_blocks=1, num_channels=4)
@@ -35,13 +36,27 @@ def models(tmp_path):
 
 def make_report(uri, models, photos, *, num_pictured=20):
     """Scores and writes, as the script does; the evaluations."""
+    report, scoring = begin_report(uri, models, photos, num_pictured=num_pictured)
+    evaluations = list(scoring)
+    report.write(evaluations)
+    return evaluations
+
+
+def begin_report(uri, models, photos, *, num_pictured=20):
+    """A report, and the iterator over evaluations that gives it its images."""
     report = EvaluationReport(str(uri), protocol=PROTOCOL, num_pictured=num_pictured)
     report.check()
     opened = open_models(models, scales=[2], device="cpu")
     sets = open_sets(str(photos), split="test", scales=opened, protocol=PROTOCOL)
-    evaluations = evaluate(opened, sets, protocol=PROTOCOL, observe=report.observe)
-    report.write(evaluations)
-    return evaluations
+    return report, evaluate_in_turn(opened, sets, protocol=PROTOCOL, observe=report.observe)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def shown_files(page):
+    return set(re.findall(r'(?:src|data-src)="([^"]*)"', page))
 
 
 def worst_first(evaluation):
@@ -63,7 +78,7 @@ def test_the_worst_images_have_pictures_and_all_have_numbers(models, tiny_photos
     assert at == sorted(at), "worst first"
     assert re.findall(r"<h3>\d+\. (.*)</h3>", page) == order[:2]
     files = {path.relative_to(tmp_path / "report").as_posix() for path in (tmp_path / "report").rglob("*.[pj]*g")}
-    assert set(re.findall(r'(?:src|data-src)="([^"]*)"', page)) == files, "no file without use, no use without file"
+    assert shown_files(page) == files, "no file without use, no use without file"
 
 
 def test_of_equally_bad_images_the_first_in_the_table_are_pictured(models, tiny_photos, tmp_path):
@@ -83,7 +98,8 @@ def test_pictures_are_what_was_scored_and_crops_show_where_the_first_model_errs_
     sr_HWC = upscale_image(build_model(CONFIG, seed=0), lr_HWC)
 
     def picture(name):
-        return np.array(Image.open(tmp_path / f"report/images/tiny_photos-x2/0003-photo-2-{name}.png"))
+        [path] = (tmp_path / "report/images").glob(f"*/01-tiny_photos-x2/0003-photo-2-{name}.png")
+        return np.array(Image.open(path))
 
     top, left, side = worst_crop(sr_HWC, hr_HWC, border_px=2)
     for name, expected_HWC in (("hr", hr_HWC), ("model-1", sr_HWC), ("bicubic", upscale_bicubic(lr_HWC, 2))):
@@ -104,15 +120,83 @@ def test_the_worst_crop_holds_the_error_and_keeps_off_the_border():
 
 
 def test_a_report_replaces_an_earlier_one_and_nothing_else(models, tiny_photos, tmp_path):
+    mine = {Path(name): name.encode() for name in ("notes.txt", "images/mine.png", "images/tiny_photos-x2/mine.png")}
+    for name, data in mine.items():
+        (tmp_path / "report" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "report" / name).write_bytes(data)
+    before = contents(tmp_path / "report")
     make_report(tmp_path / "report", models, tiny_photos, num_pictured=6)
-    (tmp_path / "report/notes.txt").write_text("mine")
     make_report(tmp_path / "report", ["bicubic"], tiny_photos, num_pictured=1)
     assert len(pictured(tmp_path / "report")) == 1
-    assert not list((tmp_path / "report").rglob("*model-*"))
-    assert (tmp_path / "report/notes.txt").exists()
-    (tmp_path / "report/index.html").write_text("<h1>My page</h1>")
+    after = contents(tmp_path / "report")
+    assert before.items() <= after.items()
+    files = shown_files(after[Path("index.html")].decode())
+    new = {path for path in after.keys() - before.keys() if after[path] is not False}
+    assert {path.as_posix() for path in new} == {*files, "index.html"}
+    folders = {path for path in after.keys() - before.keys() if after[path] is False}
+    assert len(folders) == 2, "no empty folder of the first report"
+    (tmp_path / "report/index.html").write_text("<h1>My sr-ray evaluation report</h1>")
     with pytest.raises(StorageError, match=r"holds another index\.html.*--html"):
         make_report(tmp_path / "report", ["bicubic"], tiny_photos)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_an_earlier_report_is_whole_after_a_run_that_fails(models, tiny_photos, tmp_path, is_killed):
+    make_report(tmp_path / "report", models[:1], tiny_photos, num_pictured=2)
+    before = contents(tmp_path / "report")
+    shutil.copytree(tiny_photos, tmp_path / "second")
+    report, scoring = begin_report(
+        tmp_path / "report", models[::-1], f"{tiny_photos},{tmp_path / 'second'}", num_pictured=2
+    )
+    next(scoring)
+    (tmp_path / "second/photo-3.png").unlink()
+    with pytest.raises(StorageError, match="photo-3"):
+        next(scoring)
+    assert contents(tmp_path / "report").items() > before.items(), "pictures of both sets, beside the earlier report's"
+    if not is_killed:
+        report.discard()
+        assert contents(tmp_path / "report") == before
+    make_report(tmp_path / "report", models, tiny_photos, num_pictured=2)
+    report.discard()
+    page = (tmp_path / "report/index.html").read_text()
+    assert all((tmp_path / "report" / name).exists() for name in shown_files(page))
+
+
+def test_a_report_that_a_page_shows_is_not_discarded(models, tiny_photos, tmp_path):
+    report, scoring = begin_report(tmp_path / "report", models, tiny_photos, num_pictured=1)
+    report.write(list(scoring))
+    before = contents(tmp_path / "report")
+    report.discard()
+    assert contents(tmp_path / "report") == before
+
+
+@pytest.mark.parametrize(
+    "listed", ['["images/mine.png", "index.html", "images/20260102-030405-0123abcd/../mine.png", 7]', "7", "[mine"]
+)
+def test_what_an_edited_page_lists_is_not_deleted(tiny_photos, tmp_path, listed):
+    make_report(tmp_path / "report", ["bicubic"], tiny_photos, num_pictured=1)
+    (tmp_path / "report/images/mine.png").write_text("mine")
+    index = tmp_path / "report/index.html"
+    page, replaced = re.subn(r'(id="files">)[^<]*', lambda it: it[1] + listed, index.read_text())
+    assert replaced == 1
+    index.write_text(page)
+    make_report(tmp_path / "report", ["bicubic"], tiny_photos, num_pictured=0)
+    assert (tmp_path / "report/images/mine.png").read_text() == "mine"
+    assert json.loads(re.search(r'id="files">([^<]*)', index.read_text())[1]) == []
+
+
+def test_sets_whose_names_look_alike_have_pictures_of_their_own(tiny_photos, tmp_path):
+    names = ["a b", "a-b", "写真", "фото"]
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        shutil.copy(tiny_photos / f"photo-{number}.png", tmp_path / name / "photo.png")
+    make_report(tmp_path / "report", ["bicubic"], ",".join(str(tmp_path / name) for name in names))
+    page = (tmp_path / "report/index.html").read_text()
+    keys = re.findall(r'data-src="([^"]*-hr\.png)"', page)[::2]  # A's and B's
+    assert len(keys) == 4
+    for number, key in enumerate(keys):
+        hr_HWC = crop_to_multiple(np.array(Image.open(tiny_photos / f"photo-{number}.png")), 2)
+        assert np.array_equal(np.array(Image.open(tmp_path / "report" / key)), hr_HWC)
 
 
 def test_a_report_on_s3(s3, models, tiny_photos):
@@ -120,7 +204,10 @@ def test_a_report_on_s3(s3, models, tiny_photos):
     make_report(folder.uri, models, tiny_photos, num_pictured=1)
     page = folder.read_text("index.html")
     keys = {entry.key for entry in folder.list("images/")}
-    assert keys == set(re.findall(r'(?:src|data-src)="([^"]*)"', page))
+    assert keys == shown_files(page)
+    make_report(folder.uri, ["bicubic"], tiny_photos, num_pictured=1)
+    keys = {entry.key for entry in folder.list("images/")}
+    assert keys == shown_files(folder.read_text("index.html")), "nothing is left of the first one"
     assert len([key for key in keys if key.endswith("-hr.png")]) == 1
 
 
