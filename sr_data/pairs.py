@@ -45,6 +45,20 @@ def load_pair(store: Store, record: ImageRecord, scale: int) -> DecodedPair:
     return DecodedPair(record.name, hr_HWC, lr_HWC)
 
 
+def middle(pair: DecodedPair, side_px_lr: int) -> DecodedPair:
+    """At most `side_px_lr` x `side_px_lr` LR pixels from the middle, if either side is twice as long or longer; a pair
+    that is smaller as it is.
+    """
+    height, width = pair.lr_HWC.shape[:2]
+    if max(height, width) < 2 * side_px_lr:
+        return pair
+    scale = pair.hr_HWC.shape[0] // height
+    top, left = max(0, (height - side_px_lr) // 2), max(0, (width - side_px_lr) // 2)
+    lr_HWC = pair.lr_HWC[top : top + side_px_lr, left : left + side_px_lr]
+    hr_HWC = pair.hr_HWC[top * scale : (top + side_px_lr) * scale, left * scale : (left + side_px_lr) * scale]
+    return DecodedPair(pair.name, np.ascontiguousarray(hr_HWC), np.ascontiguousarray(lr_HWC))
+
+
 def _read(store: Store, key: str, sha256: str | None) -> NDArray[np.uint8]:
     data = store.read(key)
     if hashlib.sha256(data).hexdigest() != sha256:

@@ -39,6 +39,9 @@ class Backend(Protocol):
     def write(self, key: str, data: bytes) -> None:
         """Atomically."""
 
+    def num_bytes(self, key: str) -> int:
+        """Of the file, without reading it."""
+
     def exists(self, key: str) -> bool:
         """Whether there is a file."""
 
@@ -67,6 +70,10 @@ class Store:
     def read(self, key: str) -> bytes:
         """The whole file. What arrives shorter than announced is fetched again."""
         return _backend(self.uri).read(_checked(self.uri, key))
+
+    def num_bytes(self, key: str) -> int:
+        """How large the file is, without reading it."""
+        return _backend(self.uri).num_bytes(_checked(self.uri, key))
 
     def read_text(self, key: str) -> str:
         """The whole file, which must be UTF-8."""

@@ -76,6 +76,11 @@ class LocalFolder:
                 raise
             _sync_folder(path.parent)
 
+    def num_bytes(self, key: str) -> int:
+        """Of the file that a link points at."""
+        with self._errors_about(key):
+            return (self.root / key).stat().st_size
+
     def exists(self, key: str) -> bool:
         """Whether it is a file, links followed."""
         with self._errors_about(key):

@@ -108,6 +108,11 @@ class S3Prefix:
                 # nobody can tell, and sending everything again is right in both cases.
                 self._write_parts(key, data)
 
+    def num_bytes(self, key: str) -> int:
+        """One HEAD."""
+        length: int = self._call("head_object", key, Key=self._full(key))["ContentLength"]
+        return length
+
     def exists(self, key: str) -> bool:
         """One HEAD; a refusal is an error, not an absence."""
         try:

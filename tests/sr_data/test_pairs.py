@@ -11,7 +11,7 @@ import pytest
 from sr_data.decode import encode_png
 from sr_data.errors import DataError, ImageError
 from sr_data.manifest import load_manifest
-from sr_data.pairs import load_pair
+from sr_data.pairs import DecodedPair, load_pair, middle
 from sr_data.resize import downscale_bicubic
 from sr_data.storage import open_store
 
@@ -33,6 +33,16 @@ def test_lr_is_made_from_the_cropped_hr(tiny_photos: Path) -> None:
         assert pair.hr_HWC.shape == (record.height, record.width, 3)
         assert pair.hr_HWC.flags.c_contiguous
         np.testing.assert_array_equal(pair.lr_HWC, downscale_bicubic(pair.hr_HWC, 4))
+
+
+@pytest.mark.parametrize(("size", "kept"), [((40, 9), (20, 9)), ((41, 60), (20, 20)), ((39, 25), (39, 25))])
+def test_the_middle_of_a_large_pair_is_that_of_both_images(size: tuple[int, int], kept: tuple[int, int]) -> None:
+    lr_HWC = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    part = middle(DecodedPair("a", lr_HWC.repeat(3, 0).repeat(3, 1), lr_HWC), 20)
+    assert part.lr_HWC.shape == (*kept, 3)
+    np.testing.assert_array_equal(part.hr_HWC[::3, ::3], part.lr_HWC)
+    top, left = ((side - part) // 2 for side, part in zip(size, kept, strict=True))
+    np.testing.assert_array_equal(part.lr_HWC, lr_HWC[top : top + kept[0], left : left + kept[1]])
 
 
 def test_a_file_that_was_replaced_is_noticed(tiny_photos: Path) -> None:

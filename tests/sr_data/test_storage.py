@@ -52,6 +52,10 @@ def test_what_is_written_is_read_listed_and_deleted(store: Store) -> None:
     ]
     assert store.read_text("a.txt") == "grün"
     assert store.read("b/one with space & ?.bin") == b""
+    assert (store.num_bytes("a.txt"), store.num_bytes("b/one with space & ?.bin")) == (5, 0)
+    with pytest.raises(StorageError) as missing:
+        store.num_bytes("c.txt")
+    assert missing.value.errno == errno.ENOENT
     store.delete("a.txt")
     store.delete("a.txt")
     assert not store.exists("a.txt")
