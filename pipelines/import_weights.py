@@ -9,8 +9,6 @@ and BasicSR for EDSR, of SRGAN-PyTorch (Lornatang) and SRGAN (leftthomas) for SR
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import tyro
@@ -27,13 +25,15 @@ from sr_serve.import_weights import (
     score_import,
     score_warnings,
     try_out,
+    work_folder,
 )
 from sr_serve.imported_version import register_import, registered_line
 from sr_serve.weight_file import WeightFileError, check_sha256, read_weight_file
 from sr_train.cli import exit_with
 from sr_train.metrics import PAPERS_PROTOCOL, MetricError, protocol_named
+from sr_train.model_registry import CHALLENGER
 from sr_train.tracking_server import TrackingError, check_tracking, resolve_tracking_uri
-from sr_train.upscaler import UpscalerError
+from sr_train.upscaler import UpscalerError, device_named
 
 USER_ERRORS = (
     DataError, StorageError, ModelError, MetricError, UpscalerError, TrackingError, WeightFileError, ImportRefusedError
@@ -68,7 +68,7 @@ class Options:
     """What it is scored on: auto (the GPU if there is one), cpu, cuda or cuda:N."""
     register_as: str | None = None
     """Name of the registered model; ARCHITECTURE-xSCALE when not given."""
-    alias: str | None = "challenger"
+    alias: str | None = CHALLENGER
     """Alias that the version gets; None for none."""
     licence: str | None = None
     """What the authors allow, for the version's card and tags."""
@@ -100,6 +100,7 @@ def import_weights(options: Options) -> None:
     check_request(register_as=options.register_as, licence=options.licence, save=options.save, alias=options.alias)
     check_sha256(options.sha256)
     protocol_named(options.protocol)
+    device_named(options.device)
     file = read_weight_file(options.file, sha256=options.sha256)
     given = Given(residual_scaling=options.residual_scaling, rgb_range=options.rgb_range)
     model = import_file(file, architecture=options.architecture, scale=options.scale, given=given, entry=options.entry)
@@ -109,8 +110,7 @@ def import_weights(options: Options) -> None:
     sets = open_sets(options.sets, split=options.split, scales=[options.scale], protocol=options.protocol)
     if not options.no_register:
         check_tracking(resolve_tracking_uri(options.tracking_uri))
-    with TemporaryDirectory(prefix="sr-import-") as scratch:
-        folder = Path(options.save or scratch)
+    with work_folder(options.save) as folder:
         save_import(model, folder, licence=options.licence)
         evaluations = score_import(
             folder, sets, protocol=options.protocol, device=options.device, label=model.file.name
@@ -119,23 +119,22 @@ def import_weights(options: Options) -> None:
         for evaluation in evaluations:
             print(f"\n{evaluation.table()}")
         print("".join(f"\nWARNING     {warning}" for warning in poor))
-        if options.save is not None:
-            print(f"saved       {folder}")
-        if options.no_register:
-            return
-        version = register_import(
-            replace(model, warnings=(*model.warnings, *poor)),
-            folder,
-            evaluations,
-            sets,
-            name=options.register_as or f"{options.architecture}-x{options.scale}",
-            tracking_uri=resolve_tracking_uri(options.tracking_uri),
-            experiment=options.experiment,
-            alias=options.alias,
-            licence=options.licence,
-            invents_detail=options.invents_detail,
-        )
-    print(f"registered  {registered_line(version, model, options.alias)}")
+        if not options.no_register:
+            version = register_import(
+                replace(model, warnings=(*model.warnings, *poor)),
+                folder,
+                evaluations,
+                sets,
+                name=options.register_as or f"{options.architecture}-x{options.scale}",
+                tracking_uri=resolve_tracking_uri(options.tracking_uri),
+                experiment=options.experiment,
+                alias=options.alias,
+                licence=options.licence,
+                invents_detail=options.invents_detail,
+            )
+            print(f"registered  {registered_line(version, model, options.alias)}")
+    if options.save is not None:
+        print(f"saved       {options.save}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def find(layout: Layout, tensors: Mapping[str, Tensor]) -> Found:
     return Found(
         scale=scale,
         num_blocks=num_blocks,
-        num_channels=len(tensors[layout.head + ".bias"].view(-1)),
+        num_channels=tensors[layout.head + ".bias"].numel(),
         state={ours: tensors[theirs] for theirs, ours in names.items() if theirs in tensors},
         extras={key: tensors[key] for key in extras},
     )

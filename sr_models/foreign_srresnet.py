@@ -31,6 +31,7 @@ from sr_models.foreign_layout import (
     Inexpressible,
     Layer,
     Layout,
+    check_shapes,
 )
 from sr_models.srresnet import SRResNetConfig
 
@@ -97,7 +98,10 @@ def _finish_linear(title: str, found: Found, given: Given) -> Imported:
 def _finish_tanh(title: str, found: Found, given: Given) -> Imported:
     state = dict(found.state)
     norms = {f"blocks.{block}.conv{i}": f"blocks.{block}.norm{i}" for block in range(found.num_blocks) for i in (1, 2)}
-    for conv, norm in (*norms.items(), ("body_end.0", "body_end.1")):
+    norms["body_end.0"] = "body_end.1"
+    means = {f"{conv}.bias": state[f"{norm}.running_mean"].shape for conv, norm in norms.items()}
+    check_shapes(state, means, title=title)  # else a row less a column would be a square
+    for conv, norm in norms.items():
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - state.pop(f"{conv}.bias")
     note = "biases before BatchNorm, which ours does not have, taken into BatchNorm's mean"
     return _finish(title, found, given, state, output="tanh", notes=["ends in tanh", note])

@@ -5,6 +5,7 @@ where the layouts are: `foreign_edsr`, `foreign_srresnet`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sr_models.edsr import UPSAMPLER_STAGES
 from sr_models.foreign_edsr import BASICSR, EDSR_PYTORCH
 from sr_models.foreign_layout import (
     ForeignWeightsError,
+    Found,
     Given,
     Imported,
     Inexpressible,
@@ -93,13 +95,15 @@ def convert(
     """
     architecture(architecture_name)
     layout = recognised(tensors, architecture_name=architecture_name)
-    found = find(layout, _checked(tensors))
+    _check_plain(tensors)
+    found = find(layout, tensors)  # only keys and shapes
     if found.scale != scale:
         raise ForeignWeightsError(f"it is an x{found.scale} network, not x{scale} (--scale)")
     if scale not in UPSAMPLER_STAGES:
         allowed = ", ".join(f"x{factor}" for factor in UPSAMPLER_STAGES)
         raise ForeignWeightsError(f"it is an x{scale} network; this project's are {allowed} (--scale)")
-    imported = layout.finish(found, given)
+    _check_finite(tensors)
+    imported = layout.finish(_widened(found), given)
     with torch.device("meta"):
         expected = build_model(imported.config).state_dict()
     check_shapes(imported.state, {key: tensor.shape for key, tensor in expected.items()}, title=layout.title)
@@ -137,8 +141,8 @@ def _is(layout: Layout | Inexpressible, tensors: Mapping[str, Tensor]) -> bool:
     return all(mark in tensors for mark in layout.marks)
 
 
-def _checked(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same as float32 and integers without gradients; ForeignWeightsError for what is no finite real number."""
+def _check_plain(tensors: Mapping[str, Tensor]) -> None:
+    """ForeignWeightsError for tensors that are no real numbers, or more of them than are in memory."""
     odd = [
         f"{key} ({str(tensor.dtype).removeprefix('torch.')}, {str(tensor.layout).removeprefix('torch.')})"
         for key, tensor in tensors.items()
@@ -146,13 +150,29 @@ def _checked(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     ]
     if odd:
         raise ForeignWeightsError(f"tensors that are not plain real numbers: {some(odd)}")
+    # A view of one number with a stride of 0 can have 10^13 elements, and to look at each takes as many bytes.
+    repeated = [
+        f"{key} {tuple(tensor.shape)}"
+        for key, tensor in tensors.items()
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    ]
+    if repeated:
+        raise ForeignWeightsError(f"tensors with more elements than numbers, which no network saves: {some(repeated)}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ForeignWeightsError(f"tensors with NaN or infinite values: {some(broken)}")
-    return {
-        key: tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
-        for key, tensor in tensors.items()
-    }
+
+
+def _widened(found: Found) -> Found:
+    """The same as float32 and integers, without gradients."""
+
+    def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: it.detach().float() if it.is_floating_point() else it.detach() for key, it in tensors.items()}
+
+    return replace(found, state=widened(found.state), extras=widened(found.extras))
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> list[str]:

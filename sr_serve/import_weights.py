@@ -1,9 +1,11 @@
 """Weights of another project: converted, tried on a picture that can't go wrong, saved, scored beside bicubic."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -19,7 +21,9 @@ from sr_models.inference import ImageHWC, upscale_image
 from sr_models.weights import save_model
 from sr_serve.evaluation import OpenSet, SetEvaluation, evaluate, open_models
 from sr_serve.weight_file import WeightFile
+from sr_train.champion import CHAMPION
 from sr_train.metrics import score_image
+from sr_train.model_registry import CHALLENGER
 
 SMOOTH_PROTOCOL = "psnr@rgb,crop=scale+6"
 REFUSED_BELOW_DB = 24.0
@@ -97,12 +101,42 @@ def check_request(*, register_as: str | None, licence: str | None, save: str | N
         raise ImportRefusedError(
             f"--alias {alias!r}: may hold letters, digits, '-' and '_'; not latest, nor v and a number (MLflow)"
         )
+    if alias == CHAMPION:
+        raise ImportRefusedError(
+            f"--alias {CHAMPION}: a version becomes {CHAMPION} by comparison, and with a way back, by "
+            f"pipelines/promote_model.py; import it as {CHALLENGER}"
+        )
     if licence is not None and not 1 <= len(licence.strip()) <= 2000:
         raise ImportRefusedError(f"--licence: must have 1 to 2000 characters; this has {len(licence.strip())}")
     if save is not None:
         folder = Path(save)
         if "://" in save or (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
             raise ImportRefusedError(f"--save {save}: must be a folder on this machine, new or empty")
+
+
+@contextmanager
+def work_folder(save: str | None) -> Iterator[Path]:
+    """A new folder, which becomes `save` at the end, whole, unless something was raised; if that is None, it goes away.
+
+    It is made beside `save`; ImportRefusedError if that, or the last step, can't be done.
+    """
+    target = None if save is None else Path(save).absolute()
+    try:
+        if target is None:
+            scratch = TemporaryDirectory(prefix="sr-import-")
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise ImportRefusedError(f"--save {save}: can't be written here ({error.strerror})") from error
+    with scratch as parent:
+        folder = Path(parent) / "model"
+        yield folder
+        if target is not None:
+            try:
+                folder.rename(target)
+            except OSError as error:
+                raise ImportRefusedError(f"--save {save}: is not free any more ({error.strerror})") from error
 
 
 def import_file(

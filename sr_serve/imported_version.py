@@ -5,10 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sr_data.pairs import load_pair
+from sr_data.pairs import DecodedPair, load_pair, middle
 from sr_data.storage import open_store
 from sr_models.architectures import config_to_dict
 from sr_serve.evaluation import OpenSet, SetEvaluation
@@ -42,7 +39,7 @@ def register_import(
     One that is not promotable says so in its tags, and gets no alias. TrackingError if the server refuses.
     """
     origin, facts = origin_tags(model, licence=licence), run_facts()
-    lr_HWC, hr_HWC = _sample(sets[0])
+    sample = _sample(sets[0])
     card = _card(model, evaluations, sets, name=name, licence=licence, invents_detail=invents_detail)
     config = config_to_dict(model.imported.config)
     run = start_run(
@@ -60,8 +57,8 @@ def register_import(
             folder,
             name=name,
             tags={**origin, "git_sha": facts["git_sha"], **_tags(model, evaluations[0])},
-            sample_lr_HWC=lr_HWC,
-            sample_hr_HWC=hr_HWC,
+            sample_lr_HWC=sample.lr_HWC,
+            sample_hr_HWC=sample.hr_HWC,
             card=model_card(card),
             alias=alias if model.not_promotable is None else None,
         )
@@ -82,7 +79,7 @@ def registered_line(version: RegisteredVersion, model: ImportedModel, alias: str
 
 
 def _tags(model: ImportedModel, first: SetEvaluation) -> dict[str, str]:
-    """As a run's versions have them, of the first set."""
+    """As a run's versions have them, of the first set. No `validation_fingerprint`: no checkpoint was chosen on it."""
     score, bicubic = first.models[1].score, first.bicubic
     tags = {
         "scale": str(first.scale),
@@ -90,23 +87,15 @@ def _tags(model: ImportedModel, first: SetEvaluation) -> dict[str, str]:
         "psnr_db": f"{score.psnr_db:.4f}",
         "ssim": f"{score.ssim:.4f}",
         "bicubic_psnr_db": f"{bicubic.psnr_db:.4f}",
-        "validation_fingerprint": first.fingerprint,
     }
     return tags if model.not_promotable is None else {**tags, NOT_PROMOTABLE_TAG: model.not_promotable}
 
 
-def _sample(one: OpenSet) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """LR and HR of the middle of the set's first image, at most `_SAMPLE_PX_LR` square."""
+def _sample(one: OpenSet) -> DecodedPair:
+    """The set's first image, or the middle of a large one."""
     manifest = one.manifest
     record = min(manifest.images, key=lambda record: record.name)
-    pair = load_pair(open_store(manifest.uri), record, manifest.scale)
-    top, left = (max(0, (side - _SAMPLE_PX_LR) // 2) for side in pair.lr_HWC.shape[:2])
-
-    def middle(image_HWC: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-        y, x, side = top * factor, left * factor, _SAMPLE_PX_LR * factor
-        return np.ascontiguousarray(image_HWC[y : y + side, x : x + side])
-
-    return middle(pair.lr_HWC, 1), middle(pair.hr_HWC, manifest.scale)
+    return middle(load_pair(open_store(manifest.uri), record, manifest.scale), _SAMPLE_PX_LR)
 
 
 def _registered(evaluation: SetEvaluation, version: RegisteredVersion) -> SetEvaluation:

@@ -6,6 +6,8 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,9 @@ _DAMAGED = (
 )  # fmt: skip
 # torch's words: "… unsupported GLOBAL posix.system whose …", "Unsupported global: GLOBAL models.SRResNet was not …".
 _REFUSED = re.compile(r"GLOBAL (\S+)")
+MAX_GIB = 4.0
+"""Of a file, and of what it unpacks to. All of it is held in memory, more than once; the largest EDSR (43 million
+parameters) has 0.2 GiB, a checkpoint with discriminator, averages and the optimiser's state six times that."""
 _LFS_POINTER = b"version https://git-lfs."
 _HOW_TO_CONVERT = (
     "Where you trust the file and have its authors' code, load it there, save only the tensors with "
@@ -62,18 +67,66 @@ def check_sha256(sha256: str | None) -> None:
 def read_weight_file(uri: str, *, sha256: str | None = None) -> WeightFile:
     """Reads the file at a path or URI. `sha256` is what its hash must be, or begin with.
 
-    WeightFileError if the hash is another, if loading would run code, or if it is damaged or no file of weights.
-    StorageError if it can't be read.
+    WeightFileError if it is larger than `MAX_GIB`, packed or unpacked, if the hash is another, if loading would run
+    code, or if it is damaged or no file of weights. StorageError if it can't be read.
     """
     check_sha256(sha256)
     store, name = split_uri(uri)
+    _check_size(store.num_bytes(name), uri)
     data = store.read(name)
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and not digest.startswith(sha256.lower()):
         raise WeightFileError(f"{uri}: its sha256 is {digest}, but --sha256 says {sha256}: damaged, or another file")
     if data.startswith(_LFS_POINTER):
         raise WeightFileError(f"{uri}: is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
-    return WeightFile(uri=uri, name=name, sha256=digest, loaded=_loaded(data, uri))
+    num_bytes = _unpacked_bytes(data)
+    _check_size(num_bytes, uri)
+    loaded = _loaded(data, uri)
+    _check_backed(loaded, num_bytes, uri)
+    return WeightFile(uri=uri, name=name, sha256=digest, loaded=loaded)
+
+
+def _check_size(num_bytes: int, uri: str) -> None:
+    if num_bytes > MAX_GIB * 2**30:
+        raise WeightFileError(
+            f"{uri}: holds {num_bytes / 2**30:,.1f} GiB, more than the {MAX_GIB:g} that a file of weights may have. "
+            f"{_HOW_TO_CONVERT}"
+        )
+
+
+def _unpacked_bytes(data: bytes) -> int:
+    """How much memory its parts take: the files of a zip archive (what torch.save writes) may be compressed."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, *_DAMAGED):  # another format, or damaged: then torch says so
+        return len(data)
+
+
+def _check_backed(loaded: Any, num_bytes: int, uri: str) -> None:
+    """WeightFileError if its tensors have more memory than came from the file: in torch's old format, a few bytes can
+    ask for a terabyte, which nothing is read into.
+    """
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    left = [loaded]
+    while left:
+        value = left.pop()
+        if id(value) in seen:  # lists and dicts may hold themselves
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.layout is torch.strided and not value.is_meta:  # others are refused for what they are
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    if sum(storages.values()) > num_bytes:
+        raise WeightFileError(
+            f"{uri}: damaged, or made to do harm: its tensors ask for {sum(storages.values()):,} bytes, of which it "
+            f"holds {num_bytes:,}"
+        )
 
 
 def _loaded(data: bytes, uri: str) -> Any:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import safetensors.torch
 import torch
 from mlflow import MlflowClient
 
+from pipelines import promote_model
 from pipelines.evaluate_model import main as evaluate_main
 from pipelines.import_weights import main
 from sr_data.storage import open_store
@@ -64,11 +66,11 @@ def assert_same_image(model: str, theirs: torch.nn.Module, **options: str) -> No
     assert (ours != authors_image(theirs)).mean() < 0.001
 
 
-def test_a_registered_import_gives_what_the_authors_network_gives(import_weights, mlflow_server, tiny_photos):
+def test_a_registered_import_gives_what_the_authors_network_gives(import_weights, run_main, mlflow_server, tiny_photos):
     theirs = edsr()
     file = saved(theirs.state_dict(), "edsr_theirs_x2.pt")
     options = ("--architecture", "edsr", "--scale", 2, "--tracking-uri", mlflow_server.uri, "--register-as", "imported")
-    sets = ("--sets", f"builtin://photos,{tiny_photos}", "--protocol", "psnr@rgb,crop=scale")
+    sets = ("--sets", f"{tiny_photos},builtin://photos", "--protocol", "psnr@rgb,crop=scale")
     status, out, err = import_weights(
         file, *options, *sets, "--licence", "MIT, weights trained on DIV2K", "--invents-detail"
     )
@@ -90,8 +92,8 @@ def test_a_registered_import_gives_what_the_authors_network_gives(import_weights
         ("photos", 1, "psnr@rgb,crop=scale"),
         ("tiny_photos", 6, "psnr@rgb,crop=scale"),
     ]
-    assert float(tags["psnr_db"]) == pytest.approx(scores[0].psnr_db, abs=1e-4)
-    assert f"{scores[1].psnr_db:.3f}" in out
+    assert float(tags["psnr_db"]) == pytest.approx(scores[1].psnr_db, abs=1e-4)
+    assert f"{scores[0].psnr_db:.3f}" in out
     folder = Path(
         mlflow.artifacts.download_artifacts(version.source, tracking_uri=mlflow_server.uri, dst_path="version")
     )
@@ -99,6 +101,13 @@ def test_a_registered_import_gives_what_the_authors_network_gives(import_weights
     assert "MIT, weights trained on DIV2K" in card
     assert file.name in card
     assert "trained to look right" in card
+
+    # No checkpoint was chosen by the set that it was scored on, so nothing speaks against comparing it there.
+    compared = run_main(
+        promote_model.main, "imported", "--sets", tiny_photos, "--dry-run", "--tracking-uri", mlflow_server.uri
+    )
+    assert compared.status in (0, 1), compared.err
+    assert "warning" not in compared.err
 
 
 def test_from_object_storage_to_a_folder_that_scores_the_same(look, run_main, s3, tiny_photos):
@@ -181,6 +190,55 @@ def test_nothing_in_a_file_is_run(look, content, message):
     assert Path("executed").is_dir()
 
 
+def repeated() -> bytes:
+    """2 kB, of which torch makes a tensor of 10^13 elements."""
+    return zipped({**edsr().state_dict(), "tail.1.bias": torch.zeros(1).expand(10**13)})
+
+
+def inflated() -> bytes:
+    """An archive that says that it unpacks to 5 GiB."""
+    buffer = io.BytesIO(zipped(edsr().state_dict()))
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more", bytes(1000))
+        archive.getinfo("more").file_size = 5 * 2**30
+    return buffer.getvalue()
+
+
+def unbacked() -> bytes:
+    """In the old format: a tensor of 4 GB, and the list of what is stored behind it is empty."""
+    buffer = io.BytesIO(
+        legacy({"w": torch.zeros(7)}).replace(b"cpuq\x06K\x07", b"cpuq\x06J" + (10**9).to_bytes(4, "little"))
+    )
+    for _ in range(4):  # magic number, version, facts of the machine, the tensors
+        for _ in pickletools.genops(buffer):
+            pass
+    return buffer.getvalue()[: buffer.tell()] + pickle.dumps([], protocol=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (repeated, "weights.pt: tensors with more elements than numbers, which no network saves: tail.1.bias"),
+        (inflated, "weights.pt: holds 5.0 GiB, more than the 4 that a file of weights may have"),
+        (unbacked, "weights.pt: damaged, or"),
+    ],
+)
+def test_a_small_file_that_asks_for_much_memory_is_refused(look, content, message):
+    Path("weights.pt").write_bytes(content())
+    assert Path("weights.pt").stat().st_size < 100_000
+    status, out, err = look("weights.pt", "--architecture", "edsr", "--scale", 2)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_a_file_that_is_too_large_is_not_read(look):
+    with Path("weights.pt").open("wb") as file:
+        file.truncate(5 * 2**30)  # without any block on the disk
+    status, _, err = look("weights.pt", "--architecture", "edsr", "--scale", 2)
+    assert status == 2
+    assert "weights.pt: holds 5.0 GiB, more than the 4" in err
+
+
 @pytest.mark.parametrize("write", [zipped, legacy, lambda state: safetensors.torch.save(dict(state))])
 def test_a_truncated_file_is_named(look, write):
     whole = write(edsr().state_dict())
@@ -212,6 +270,9 @@ def test_a_pointer_of_git_lfs_is_named(look):
         ({"--protocol": "ssim"}, ["'ssim'"]),
         ({"--register-as": "a/b"}, ["--register-as 'a/b'"]),
         ({"--alias": "v1"}, ["--alias 'v1'"]),
+        ({"--alias": "champion"}, ["--alias champion", "promote_model.py"]),
+        ({"--device": "cuda:99"}, ["cuda:99", "--device"]),
+        ({"--device": "gpu"}, ["gpu: is no device", "--device"]),
         ({"--licence": " "}, ["--licence"]),
         ({"--save": "."}, ["--save .: must be a folder on this machine, new or empty"]),
         ({"file": "no.pt"}, ["no.pt", "no such file"]),
@@ -223,6 +284,21 @@ def test_mistakes_are_named(look, changed, messages):
     status, _, err = look(options.pop("file"), *(part for option in options.items() for part in option))
     assert status == 2
     assert all(message in err for message in messages), err
+
+
+def test_what_was_refused_leaves_no_folder_to_be_in_the_way(import_weights, mlflow_server):
+    """MLflow tells only at the end that an experiment is deleted."""
+    file, client = saved(edsr().state_dict()), MlflowClient(mlflow_server.uri)
+    client.delete_experiment(client.create_experiment("deleted"))
+    options = ("--architecture", "edsr", "--scale", 2, "--save", "new/ours", "--tracking-uri", mlflow_server.uri)
+    refused = import_weights(file, *options, "--register-as", "saved", "--experiment", "deleted")
+    assert refused.status == 2
+    assert "PSNR" in refused.out, "scored before"
+    assert list(Path("new").iterdir()) == []
+    done = import_weights(file, *options, "--register-as", "saved")
+    assert done.status == 0, done.err
+    assert done.out.endswith("saved       new/ours\n")
+    assert {path.name for path in Path("new").rglob("*")} == {"ours", "config.json", "weights.safetensors"}
 
 
 def test_a_registry_that_is_away_shows_before_scoring(import_weights, monkeypatch):

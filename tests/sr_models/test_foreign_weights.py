@@ -252,6 +252,16 @@ NAN = torch.tensor([float("nan"), 0.0, 0.0])
             EDSR,
             ["not plain real numbers: conv_last.bias (complex64, strided)"],
         ),
+        (
+            lambda: with_more(basicsr().state_dict(), conv_last__weight=torch.zeros(1).expand(3, 10**12, 3, 3)),
+            EDSR,
+            ["more elements than numbers", "conv_last.weight (3, 1000000000000, 3, 3)"],
+        ),
+        (
+            lambda: with_more(tanh().state_dict(), block2__conv1__bias=torch.zeros(6, 1)),
+            SRRESNET,
+            ["blocks.0.conv1.bias is (6, 1) instead of (6,)"],
+        ),
         (lambda: srgan().state_dict(), {**SRRESNET, "given": Given(rgb_range=255.0)}, ["--rgb-range 255: is of EDSR"]),
         (lambda: basicsr().state_dict(), {**EDSR, "given": Given(residual_scaling=0.0)}, ["residual_scaling=0"]),
         (lambda: basicsr().state_dict(), {**EDSR, "architecture_name": "vdsr"}, ["unknown architecture 'vdsr'"]),
