@@ -29,7 +29,9 @@ class FiledScore:
     score: SetScore
 
     def is_of(self, version: Version | None) -> bool:
-        """Whether these are surely scores of that version; None asks for bicubic."""
+        """Whether these are scores of that version, by name and number: which registry it was in, the file doesn't say.
+        None asks for bicubic.
+        """
         if version is None:
             return self.model == BICUBIC
         by_alias = self.model.startswith(f"{REGISTRY_PREFIX}{version.name}@") and self.version == version.version

@@ -20,8 +20,8 @@ MIN_IMAGES = 6
 """If both models were equally good, the differences of n images would all have one sign with probability 2^(1 - n),
 which is below 5 % from 6 images on. Fewer can't show anything with 95 % confidence."""
 MIN_IN_SET = 5
-"""Resamples of n values of one set reach no further than n times its smallest and its largest: with 2 to 4 values that
-is too near for 95 % (docs/decisions/0011-promotion.md has how often it errs)."""
+"""No resample's mean lies beyond the smallest and the largest value: of 2 to 4 values these are too near for 95 %
+(docs/decisions/0011-promotion.md has how often such an interval errs)."""
 _CHUNK = 500
 
 
