@@ -6,16 +6,18 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import FastAPI, Header, Query, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from sr_serve.messages import ModelFacts, Order, Refusal, RefusedError, Upscaled
 from sr_serve.uploads import MEDIA_TYPES, UploadLimits, read_header, read_upload, wanted
 
-MIN_TILE_PX_LR, MAX_TILE_PX_LR = 16, 1024
+MIN_TILE_PX_LR, MAX_TILE_PX_LR = 16, 512
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 _SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 # Pages bring all they need; what they may do besides showing images is talk to the server they came from.
 _PAGE_HEADERS = {
@@ -81,10 +83,12 @@ class JsonImage(BaseModel):
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The body is empty."},
+    403: {"model": Problem, "description": "A page of another site asks."},
     408: {"model": Problem, "description": "The client took too long to send it."},
     413: {"model": Problem, "description": "Too many bytes, or too many pixels."},
     415: {"model": Problem, "description": "Not a JPEG, PNG or WebP."},
     422: {"model": Problem, "description": "Damaged or animated, or an option is not allowed."},
+    500: {"model": Problem, "description": "The network failed on this image."},
     503: {"model": Problem, "description": "Too many requests wait already, or the model is starting."},
     504: {"model": Problem, "description": "It took too long."},
 }
@@ -104,8 +108,14 @@ _RESULT: dict[str, Any] = {
 }
 
 
-def make_api(backend: Backend, limits: UploadLimits, *, tile_px_lr: int = 192) -> FastAPI:
-    """The whole HTTP side. `tile_px_lr` is the tile where a request names none."""
+def make_api(
+    backend: Backend, limits: UploadLimits, *, tile_px_lr: int, timeout_s: float, is_loopback: bool
+) -> FastAPI:
+    """The whole HTTP side. `tile_px_lr` is the tile where a request names none; an upload is waited for `timeout_s`.
+
+    If it `is_loopback`, bound to this machine alone, only its names are answered to (`LOOPBACK_HOSTS`): a page of
+    another site whose name was made to point here would else count as this server's own (DNS rebinding).
+    """
     # FastAPI's own documentation pages load their scripts from the Internet.
     api = FastAPI(
         title="sr-ray",
@@ -113,6 +123,7 @@ def make_api(backend: Backend, limits: UploadLimits, *, tile_px_lr: int = 192) -
         version="1",
         docs_url=None,
         redoc_url=None,
+        dependencies=[Depends(_check_host)] if is_loopback else [],
     )
     _answer_problems(api)
 
@@ -168,20 +179,29 @@ def make_api(backend: Backend, limits: UploadLimits, *, tile_px_lr: int = 192) -
         accept: Annotated[str | None, Header(description="application/json, or an image type.")] = None,
         sec_fetch_site: Annotated[str | None, Header(include_in_schema=False)] = None,
     ) -> Response:
-        if sec_fetch_site == "cross-site":  # a browser says so: some other site's page would use this machine
+        # A browser says so: some other site's page, or another server's of this machine, would use it.
+        if sec_fetch_site in ("cross-site", "same-site"):
             raise RefusedError(403, "cross_site", "pages of other sites may not use this server")
         declared = request.headers.get("content-length")
         data = await read_upload(request.stream(), declared=declared, limits=limits)
         header = await asyncio.to_thread(read_header, data, limits=limits)
         as_json, preferred = wanted(accept, output)
         file_format = format.upper() if format != "same" else preferred or header.format
-        order = Order(format=file_format, tile_px_lr=tile, self_ensemble=self_ensemble)
+        order = Order(format=file_format, tile_px_lr=tile, self_ensemble=self_ensemble, timeout_s=timeout_s)
         answer = await backend.upscale(data, order)
         if isinstance(answer, Refusal):
             return _problem(answer)
         return await asyncio.to_thread(_as_json, answer) if as_json else _as_image(answer)
 
     return api
+
+
+def _check_host(request: Request) -> None:
+    host = request.headers.get("host", LOOPBACK_HOSTS[0])  # browsers always send it
+    name = host.lower() if host.endswith("]") else host.lower().rpartition(":")[0] or host.lower()
+    if name not in LOOPBACK_HOSTS:
+        names = ", ".join(LOOPBACK_HOSTS)
+        raise RefusedError(403, "other_host", f"Host {host}: this server is bound to the loopback address, as {names}")
 
 
 def _as_image(answer: Upscaled) -> Response:
@@ -227,6 +247,10 @@ def _answer_problems(api: FastAPI) -> None:
     @api.exception_handler(RefusedError)
     async def refused(_request: Request, error: RefusedError) -> Response:
         return _problem(error.refusal)
+
+    @api.exception_handler(ClientDisconnect)
+    async def gone(_request: Request, _error: ClientDisconnect) -> Response:
+        return _problem(Refusal(status=400, code="gone", message="the client left before its image was here"))
 
     @api.exception_handler(RequestValidationError)
     async def not_valid(_request: Request, error: RequestValidationError) -> Response:

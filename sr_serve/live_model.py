@@ -18,8 +18,8 @@ from sr_train.model_registry import RegisteredVersion
 from sr_train.tracking_server import TrackingError, resolve_tracking_uri
 from sr_train.upscaler import REGISTRY_PREFIX, UpscalerError, open_network, pinned
 
-_LOAD_ERRORS = (UpscalerError, ModelError, CheckpointError, StorageError, TrackingError, OSError, RuntimeError)
-"""What makes a version unusable; RuntimeError is PyTorch's: no room on the device, a kernel that fails."""
+_EXPECTED = (UpscalerError, ModelError, CheckpointError, StorageError, TrackingError, OSError, RuntimeError)
+"""What makes a version unusable, with words for users; RuntimeError is PyTorch's: no room, a kernel that fails."""
 _MAX_RETRY_S = 300.0
 _PROBE_PX_LR = 16
 
@@ -90,9 +90,9 @@ class LiveModel:
             return False
         try:
             loaded = self._load(uri, registered)
-        except _LOAD_ERRORS as error:
+        except Exception as error:  # noqa: BLE001  of damaged files, object stores and devices; the old one must go on
             self._put_off(registered.version, poll_s)
-            reason = str(error).partition("\n")[0].removeprefix(f"{uri}: ")
+            reason = _reason(error).removeprefix(f"{uri}: ")
             self._say_once(f"{uri} can't be used ({reason}); {current.label()} goes on answering")
             return False
         self._current = loaded  # one assignment: a reader sees the old one or the new one
@@ -111,7 +111,11 @@ class LiveModel:
 
     def _watch(self, poll_s: float) -> None:
         while not self._stopped.wait(poll_s):
-            self.refresh(poll_s=poll_s)
+            try:
+                self.refresh(poll_s=poll_s)
+            except Exception as error:  # noqa: BLE001  the thread's end would mean that no champion is seen ever again
+                label = self._current.facts.label()
+                self._say_once(f"{self._model} could not be looked at ({_reason(error)}); {label} goes on answering")
 
     def _settled(self) -> None:
         self._bad_version, self._polls_to_skip = None, 0
@@ -131,6 +135,12 @@ class LiveModel:
         network = placed(network, self._device)
         _try(network, uri)
         return Loaded(network=network, facts=facts)
+
+
+def _reason(error: Exception) -> str:
+    """The first line; of what is not meant for users with its kind, without which a KeyError says nothing."""
+    line = str(error).partition("\n")[0]
+    return line if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {line}"
 
 
 def _facts(network: SRNetwork, *, model: str, registered: RegisteredVersion | None) -> ModelFacts:

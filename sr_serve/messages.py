@@ -35,6 +35,8 @@ class Order:
     """Largest tile, in LR pixels."""
     self_ensemble: bool
     """Average over the eight flips and quarter turns."""
+    timeout_s: float
+    """For how long the result is waited for; nothing is computed for it after that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,12 @@ class Refusal:
     """One word for programs: `too_large`, `damaged`, …"""
     message: str
     """One sentence for people: what was got, what is allowed."""
+
+
+def not_ready(timeout_s: float) -> Refusal:
+    """What is said when `timeout_s` are over."""
+    message = f"the image was not ready within {timeout_s:g} s; a smaller one will be"
+    return Refusal(status=504, code="timeout", message=message)
 
 
 class RefusedError(Exception):

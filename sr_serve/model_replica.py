@@ -17,7 +17,7 @@ from sr_models.image_file import Picture, check_writable, read_picture, write_pi
 from sr_models.inference import upscale_batch
 from sr_models.upscaling import network_input, precision, with_upscaled
 from sr_serve.live_model import LiveModel, Loaded
-from sr_serve.messages import ModelFacts, Order, Refusal, Upscaled
+from sr_serve.messages import ModelFacts, Order, Refusal, Upscaled, not_ready
 
 BATCH_WAIT_S = 0.02
 _NUM_CODEC_THREADS = 2
@@ -45,12 +45,35 @@ class ReplicaOptions:
     """Most images that go through the network at once."""
 
 
+class GivenUpError(Exception):
+    """Nobody waits for the result any more."""
+
+
+class Claim:
+    """Whether somebody still waits for a result; asked and withdrawn by any thread."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """It lapses `timeout_s` seconds from now, if it is not withdrawn before."""
+        self._end_s = time.monotonic() + timeout_s
+        self._is_withdrawn = False
+
+    def withdraw(self) -> None:
+        """Who waited has left."""
+        self._is_withdrawn = True
+
+    @property
+    def stands(self) -> bool:
+        """Whether the result is still worth its work."""
+        return not self._is_withdrawn and time.monotonic() < self._end_s
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Job:
     """A decoded upload."""
 
     picture: Picture
     order: Order
+    claim: Claim
 
     @property
     def num_px(self) -> int:
@@ -101,9 +124,10 @@ class ModelReplica:
         """An image file → the upscaled one, or why not. Its header has been checked."""
         start_s = time.perf_counter()
         loop = asyncio.get_running_loop()
+        claim = Claim(order.timeout_s)
         try:
             read = partial(read_picture, data, name="the upload", max_mpx=_MAX_MPX)
-            job = Job(picture=await loop.run_in_executor(self._codec_threads, read), order=order)
+            job = Job(picture=await loop.run_in_executor(self._codec_threads, read), order=order, claim=claim)
             check_writable(job.picture, format=order.format, name="the upload", scale=self._live.current.facts.scale)
             if job.is_small:
                 return await self._finished(job, await self._upscale_small(job), start_s)
@@ -112,6 +136,9 @@ class ModelReplica:
                 return await self._finished(job, outcome, start_s)
         except ImageFileError as error:
             return Refusal(status=422, code="unusable_image", message=str(error))
+        except asyncio.CancelledError:
+            claim.withdraw()  # else the network's thread would go on to the image's end
+            raise
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=BATCH_WAIT_S)
     async def _upscale_small(self, jobs: list[Job]) -> list[Outcome]:
@@ -157,17 +184,33 @@ def alike(jobs: Sequence[Job]) -> list[list[int]]:
 
 
 def upscale_alike(loaded: Loaded, jobs: Sequence[Job], *, autocast: torch.dtype | None) -> list[Outcome]:
-    """Jobs that are `alike`, in one go; where that fails one by one, so that none suffers for another."""
+    """Jobs that are `alike`, in one go; where that fails one by one, so that none suffers for another.
+
+    It ends, within a tile, when nobody waits for any of them.
+    """
     order, scale = jobs[0].order, loaded.facts.scale
+
+    def check() -> None:
+        if not any(job.claim.stands for job in jobs):
+            raise GivenUpError
+
     try:
+        check()
         lr_NHWC = np.stack([network_input(job.picture) for job in jobs])
         sr_NHWC = upscale_batch(
-            loaded.network, lr_NHWC, tile_px_lr=order.tile_px_lr, self_ensemble=order.self_ensemble, autocast=autocast
+            loaded.network,
+            lr_NHWC,
+            tile_px_lr=order.tile_px_lr,
+            self_ensemble=order.self_ensemble,
+            autocast=autocast,
+            before_tile=check,
         )
         return [
             Done(picture=with_upscaled(job.picture, sr_HWC, scale=scale), facts=loaded.facts, num_together=len(jobs))
             for job, sr_HWC in zip(jobs, sr_NHWC.cpu().numpy(), strict=True)
         ]
+    except GivenUpError:
+        return [not_ready(job.order.timeout_s) for job in jobs]
     except _NETWORK_ERRORS as error:
         if len(jobs) > 1:
             return [outcome for job in jobs for outcome in upscale_alike(loaded, [job], autocast=autocast)]

@@ -5,27 +5,32 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 
 import ray
 from ray import serve
+from ray._private.state import available_resources_per_node  # Ray tells only the sum elsewhere
 from ray.exceptions import RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client  # the only way to ask a Serve that runs already for its address
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
-from sr_serve.ingress import Ingress
+from sr_serve.ingress import Ingress, IngressOptions
 from sr_serve.model_replica import ModelReplica, ReplicaOptions
 from sr_serve.serve_options import ServeError, ServeOptions
 from sr_serve.uploads import UploadLimits
-from sr_train.ray_cluster import cluster_facts, connect
+from sr_train.placement import ClusterFacts, num_fitting
+from sr_train.ray_cluster import connect
 from sr_train.tracking_server import resolve_tracking_uri
 from sr_train.upscaler import REGISTRY_PREFIX, open_network
 
 _SHUTDOWN_S = 10.0
-_MAX_CLIENTS = 200
-"""Who may be connected at once, most of them sending or waiting; those beyond wait for one to leave."""
+_MAX_CLIENTS = 100
+"""Who is attended to at once, most of them sending or waiting."""
+_MAX_WAITING_CLIENTS = 20
+"""Who may wait for one of those to leave, their uploads in Ray Serve's memory; those beyond get 503."""
 # Not even warnings: there is one for each request that is turned away.
 _QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
@@ -48,7 +53,7 @@ def serving(model: str, options: ServeOptions, *, tracking_uri: str | None = Non
         model = str(Path(model).absolute())
     connect()
     _check_neighbours(options)
-    num_cpus = _cpus_per_replica(options)
+    num_cpus = cpus_per_replica(options, _free_resources())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         # Where Serve runs already this does nothing.
@@ -107,27 +112,57 @@ def _application(model: str, options: ServeOptions, *, tracking_uri: str | None,
         name="http",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MAX_CLIENTS,
+        max_queued_requests=_MAX_WAITING_CLIENTS,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=_SHUTDOWN_S,
         logging_config=_QUIET,
     )(serve.ingress()(Ingress))
-    return ingress.bind(replicas, limits, tile_px_lr=options.tile_px_lr, timeout_s=options.timeout_s)
+    return ingress.bind(
+        replicas,
+        IngressOptions(
+            limits=limits,
+            tile_px_lr=options.tile_px_lr,
+            timeout_s=options.timeout_s,
+            is_loopback=_is_loopback(options.host),
+        ),
+    )
 
 
-def _cpus_per_replica(options: ServeOptions) -> int:
-    """As asked, or those free; ServeError if the cluster can't have the replicas, which Serve would wait for."""
-    free = ray.available_resources()  # type: ignore[no-untyped-call]
-    num_cpus, num_gpus, num_replicas = int(free.get("CPU", 0)), free.get("GPU", 0.0), options.num_replicas
-    wanted = options.cpus_per_replica
-    if wanted is None:
-        largest_node = int(max(cluster_facts().cpus_per_node, default=1))
-        wanted = 1 if options.gpus_per_replica else max(1, min(largest_node, num_cpus // num_replicas))
-    if wanted * num_replicas > num_cpus or options.gpus_per_replica * num_replicas > num_gpus:
-        raise ServeError(
-            f"{num_replicas} x ({wanted} CPUs, {options.gpus_per_replica:g} GPUs) are asked for, and the cluster has "
-            f"{num_cpus} CPUs and {num_gpus:g} GPUs free (--num-replicas, --cpus-per-replica, --gpus-per-replica)"
-        )
-    return wanted
+def cpus_per_replica(options: ServeOptions, free: ClusterFacts) -> int:
+    """As asked, or as many as all replicas can have of what is free; one each beside a GPU.
+
+    ServeError if the nodes can't hold the replicas, for which Serve would wait for ever.
+    """
+    gpus = options.gpus_per_replica or None
+    most = 1 if gpus else max(1, int(max(free.cpus_per_node, default=1)))
+    choices = range(most, 0, -1) if options.cpus_per_replica is None else [options.cpus_per_replica]
+    for cpus in choices:
+        if sum(num_fitting(free, cpus, gpus)) >= options.num_replicas:
+            return cpus
+    nodes = ", ".join(
+        f"{node_cpus:g} CPUs and {node_gpus:g} GPUs"
+        for node_cpus, node_gpus in zip(free.cpus_per_node, free.gpus_per_node, strict=True)
+    )
+    raise ServeError(
+        f"{options.num_replicas} x ({choices[-1]} CPUs, {options.gpus_per_replica:g} GPUs) are asked for, which the "
+        f"cluster's nodes don't have free ({nodes}): --num-replicas, --cpus-per-replica, --gpus-per-replica"
+    )
+
+
+def _free_resources() -> ClusterFacts:
+    """What is free on each node now."""
+    nodes = available_resources_per_node().values()  # type: ignore[no-untyped-call]
+    return ClusterFacts(
+        cpus_per_node=tuple(float(node.get("CPU", 0)) for node in nodes),
+        gpus_per_node=tuple(float(node.get("GPU", 0)) for node in nodes),
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_neighbours(options: ServeOptions) -> None:

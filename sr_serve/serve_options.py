@@ -28,7 +28,8 @@ class ServeOptions:
     max_mb: float = 10.0
     """Largest upload in MB."""
     max_mpx: float = 16.0
-    """Most pixels of an upload, in millions. The result has scale² as many and takes 3 bytes of memory for each."""
+    """Most pixels of an upload, in millions. The result has scale² as many, of 3 bytes of memory each, 8 with 16
+    bits and alpha, and as much again while it is written."""
     num_replicas: int = 1
     """Processes that hold the model."""
     gpus_per_replica: float = 0.0

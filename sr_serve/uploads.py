@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -17,6 +18,10 @@ from sr_serve.messages import RefusedError
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 """Formats that are taken and given; their order is that of preference where a client takes any."""
 _ACCEPTED = "JPEG, PNG and WebP images are taken"
+MAX_SCANS = 100
+"""Most scans of a JPEG: an encoder's script has about ten, and a decoder goes over all of the image for each."""
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # those that have no length, and stuffing, left out
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _DRAIN_S = 3.0
 _DRAIN_FACTOR = 4
 # What else people drop: told apart so that the message can name it.
@@ -38,11 +43,11 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, Ove
 class UploadLimits:
     """What an upload may be."""
 
-    max_mb: float = 10.0
+    max_mb: float
     """Largest upload in MB (10⁶ bytes)."""
-    max_mpx: float = 16.0
-    """Most pixels of an upload in Mpx (10⁶). The result has scale² as many, and each takes 3 bytes of memory."""
-    upload_timeout_s: float = 60.0
+    max_mpx: float
+    """Most pixels of an upload in Mpx (10⁶)."""
+    upload_timeout_s: float
     """How long a client may take to send its image, in seconds."""
 
     @property
@@ -95,8 +100,8 @@ async def read_upload(chunks: AsyncIterator[bytes], *, declared: str | None, lim
 def read_header(data: bytes, *, limits: UploadLimits) -> ImageHeader:
     """What can be told before anything is decoded, which costs no memory to speak of.
 
-    RefusedError: 415 if it is no JPEG, PNG or WebP, 413 above `limits.max_mpx`, 422 if it is animated or its header is
-    damaged. That the pixels are all there is seen only when they are decoded.
+    RefusedError: 415 if it is no JPEG, PNG or WebP, 413 above `limits.max_mpx`, 422 if it is animated, its header is
+    damaged, or a JPEG has more than `MAX_SCANS`. That the pixels are all there is seen only when they are decoded.
     """
     file_format = _format_of(data)
     if file_format is None:
@@ -118,10 +123,28 @@ def read_header(data: bytes, *, limits: UploadLimits) -> ImageHeader:
         size = f"{width:,} x {height:,} px ({width * height / 1e6:,.1f} Mpx)"
         message = f"the image is {size}; up to {limits.max_mpx:g} Mpx are taken"
         raise RefusedError(413, "too_many_pixels", message)
+    if file_format == "JPEG" and (num_scans := count_scans(data)) > MAX_SCANS:
+        message = f"the JPEG image has {num_scans:,} scans; up to {MAX_SCANS} are taken, and cameras write 1 to 10"
+        raise RefusedError(422, "too_many_scans", message)
     if num_frames > 1:
         message = f"the {_shown(file_format)} image is an animation of {num_frames} pictures; send a single one"
         raise RefusedError(422, "animated", message)
     return ImageHeader(format=file_format, width_px=width, height_px=height)
+
+
+def count_scans(data: bytes) -> int:
+    """How many scans a JPEG has (ITU-T T.81, annex B), those of thumbnails and of what follows its end not counted.
+
+    Each goes over the whole image, and takes a few bytes where it changes nothing.
+    """
+    num_scans, position = 0, 2
+    while (found := _JPEG_MARKER.search(data, position)) is not None:
+        marker, position = found[1][0], found.end()
+        if marker == _END_OF_IMAGE:
+            break
+        num_scans += marker == _START_OF_SCAN
+        position += int.from_bytes(data[position : position + 2], "big")  # the length counts itself
+    return num_scans
 
 
 def wanted(accept: str | None, output: Literal["image", "json"] | None) -> tuple[bool, str | None]:

@@ -46,7 +46,7 @@ def test_a_port_that_is_taken_is_one_line(serve, saved_model):
         (["{saved}", "--max-mb", "0"], ["--max-mb 0.0: must be more than 0"]),
         (["{saved}", "--num-replicas", "0"], ["--num-replicas 0: must be at least 1"]),
         (["{saved}", "--gpus-per-replica", "1.5"], ["--gpus-per-replica 1.5", "whole number"]),
-        (["{saved}", "--tile-px-lr", "4096"], ["--tile-px-lr 4096: must be 16 to 1024"]),
+        (["{saved}", "--tile-px-lr", "4096"], ["--tile-px-lr 4096: must be 16 to 512"]),
         (["{saved}", "--route-prefix", "sr/"], ["--route-prefix 'sr/'"]),
         (["{saved}", "--precision", "float8"], ["--precision", "bfloat16"]),
     ],

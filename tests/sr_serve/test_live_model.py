@@ -15,6 +15,7 @@ from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.errors import ModelError
 from sr_models.weights import save_model
+from sr_serve import live_model
 from sr_serve.live_model import LiveModel
 from sr_train.model_registry import pack_model
 from sr_train.tracking import start_run
@@ -152,6 +153,35 @@ def test_the_alias_is_watched_in_the_background(registry, mlflow_server):
     registry.add()
     assert changed.wait(30) and live.current.facts.version == "2"
     live.stop()
+
+
+def test_nothing_that_is_raised_ends_the_watch(live, registry, monkeypatch):
+    """Of a kind that nobody foresaw: a damaged MLmodel, an object store's client."""
+    said, right = threading.Event(), live_model.pinned
+    monkeypatch.setattr(live, "_say", lambda message: (live.said.append(message), said.set()))
+
+    def wrong(*_, **__):
+        raise KeyError("artifact_path")
+
+    monkeypatch.setattr(live_model, "pinned", wrong)
+    live.watch(0.02)
+    assert said.wait(60)
+    registry.add()
+    assert len(live.said) == 1 and "KeyError: 'artifact_path'" in live.said[0]
+    assert "version 1 goes on answering" in live.said[0]
+    said.clear()
+    monkeypatch.setattr(live_model, "pinned", right)
+    assert said.wait(60) and live.current.facts.version == "2"
+    live.stop()
+
+
+def test_a_version_whose_loading_raises_something_unforeseen_changes_nothing(live, registry, monkeypatch):
+    registry.add()
+    with monkeypatch.context() as patch:
+        patch.setattr(live_model, "open_network", lambda *_, **__: {}["flavors"])
+        assert not live.refresh() and not live.refresh()
+    assert len(live.said) == 1 and "(KeyError: 'flavors')" in live.said[0]
+    assert live.refresh() and live.current.facts.version == "2"
 
 
 def test_a_version_given_by_number_is_not_left(registry, mlflow_server):

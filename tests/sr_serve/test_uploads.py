@@ -4,15 +4,16 @@ import asyncio
 import io
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sr_serve.messages import RefusedError
-from sr_serve.uploads import UploadLimits, read_header, read_upload, wanted
+from sr_serve.uploads import MAX_SCANS, UploadLimits, count_scans, read_header, read_upload, wanted
 
-LIMITS = UploadLimits(max_mb=0.01, max_mpx=0.01, upload_timeout_s=0.2)
+LIMITS = UploadLimits(max_mb=0.01, max_mpx=0.01, upload_timeout_s=60)
 
 
 class Client:
@@ -53,7 +54,8 @@ def test_too_large_an_upload_is_refused_whatever_it_declares_and_not_read_to_its
 
 
 def test_a_slow_client_is_given_up():
-    refused = refusal(upload, Client(*[b"x"] * 1000, pause_s=0.01))
+    limits = replace(LIMITS, upload_timeout_s=0.2)
+    refused = refusal(upload, Client(*[b"x"] * 1000, pause_s=0.01), limits=limits)
     assert (refused.status, refused.code) == (408, "too_slow")
     assert "0.2 s" in refused.message
 
@@ -116,6 +118,25 @@ def test_what_can_be_seen_in_the_first_bytes_is_refused_before_anything_is_decod
     refused = refusal(read_header, data, limits=LIMITS)
     assert (refused.status, refused.code) == (status, code), refused
     assert words in refused.message
+
+
+def jpeg_with_scans(num_more):
+    """A progressive JPEG whose last scan comes `num_more` times more; a decoder goes over the image for each."""
+    data = encoded("JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scan * num_more + data[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_whatever_else_is_in_it():
+    ordinary = count_scans(encoded("JPEG", progressive=True))
+    assert 5 < ordinary < 20 and count_scans(encoded("JPEG")) == 1
+    most = MAX_SCANS - ordinary
+    noise = b"\xff\xda" * 200  # in a profile, or a film behind the photo
+    allowed = jpeg_with_scans(most)
+    allowed = allowed[:2] + b"\xff\xe4\x01\x92" + noise + allowed[2:] + noise
+    assert read_header(allowed, limits=LIMITS).format == "JPEG"
+    refused = refusal(read_header, jpeg_with_scans(most + 1), limits=LIMITS)
+    assert (refused.status, refused.code) == (422, "too_many_scans") and f"up to {MAX_SCANS}" in refused.message
 
 
 def test_a_second_picture_behind_a_photo_is_left_alone():
