@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from tests.support.pipeline import REPO
 from tests.support.ray_head import Job, JobOutcome, RayHead
 from tests.support.s3 import S3Server
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # the fixture starts two jobs, each of which may take its time
 
 NUM_IMAGES, HALF = 200, 100
 CONFIG = EDSRConfig(scale=2, num_blocks=1, num_channels=4)
@@ -68,8 +69,12 @@ class Place:
         }
 
     def actors(self) -> list[psutil.Process]:
-        children = psutil.Process(self.ray.child.process.pid).children(recursive=True)
-        return [child for child in children if child.name().startswith("ray::MapWorker")]
+        found = []
+        for child in psutil.Process(self.ray.child.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                if child.name().startswith("ray::MapWorker"):
+                    found.append(child)
+        return found
 
 
 def wait_for(what: str, ready: object, *, timeout_s: float = 280.0) -> None:
