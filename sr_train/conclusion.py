@@ -1,14 +1,12 @@
 """What becomes of a run's best checkpoint: a picture, a registered version, a result file, a report."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-
 from sr_data.decode import encode_png
-from sr_data.pairs import DecodedPair, load_pair
+from sr_data.pairs import load_pair, middle
 from sr_data.resize import upscale_bicubic
 from sr_data.storage import Store, open_store
 from sr_models.architectures import build_model
@@ -19,7 +17,7 @@ from sr_train import checkpoint as ckpt
 from sr_train.card_facts import card_facts
 from sr_train.loop import Position
 from sr_train.model_card import model_card
-from sr_train.model_registry import NOT_PROMOTABLE_TAG, RegisteredVersion, register_model
+from sr_train.model_registry import CHALLENGER, NOT_PROMOTABLE_TAG, RegisteredVersion, register_model
 from sr_train.options import RunConfig
 from sr_train.plan import Plan
 from sr_train.ray_workers import FitResult
@@ -103,7 +101,7 @@ def _comparison_png(plan: Plan, checkpoint: ckpt.Checkpoint) -> bytes:
     network.load_state_dict(weights)
     record = min(plan.validation.images, key=lambda record: record.name)
     scale, protocol = plan.validation.scale, plan.config.validation.protocol
-    pair = _middle(load_pair(open_store(plan.validation.uri), record, scale), _PICTURE_PX_LR, scale)
+    pair = middle(load_pair(open_store(plan.validation.uri), record, scale), _PICTURE_PX_LR)
     sr_HWC = upscale_image(network.eval(), pair.lr_HWC)
     upscaled = {"bicubic": upscale_bicubic(pair.lr_HWC, scale)}
     if (reference := plan.assets.reference) is not None:
@@ -112,17 +110,6 @@ def _comparison_png(plan: Plan, checkpoint: ckpt.Checkpoint) -> bytes:
         upscaled[reference.title] = upscale_image(other.eval(), pair.lr_HWC)
     upscaled[plan.assets.title] = sr_HWC
     return encode_png(side_by_side(pair, upscaled, scale=scale, protocol=protocol))
-
-
-def _middle(pair: DecodedPair, side_px_lr: int, scale: int) -> DecodedPair:
-    """At most `side_px_lr` x `side_px_lr` LR pixels from the middle, if either side is twice as long or longer."""
-    height, width = pair.lr_HWC.shape[:2]
-    if max(height, width) < 2 * side_px_lr:
-        return pair
-    top, left = max(0, (height - side_px_lr) // 2), max(0, (width - side_px_lr) // 2)
-    lr_HWC = pair.lr_HWC[top : top + side_px_lr, left : left + side_px_lr]
-    hr_HWC = pair.hr_HWC[top * scale : (top + side_px_lr) * scale, left * scale : (left + side_px_lr) * scale]
-    return replace(pair, lr_HWC=np.ascontiguousarray(lr_HWC), hr_HWC=np.ascontiguousarray(hr_HWC))
 
 
 def _register(
@@ -149,7 +136,7 @@ def _register(
         tags[NOT_PROMOTABLE_TAG] = plan.assets.not_promotable
     record = min(plan.validation.images, key=lambda record: record.name)
     scale = plan.validation.scale
-    sample = _middle(load_pair(open_store(plan.validation.uri), record, scale), _SAMPLE_PX_LR, scale)
+    sample = middle(load_pair(open_store(plan.validation.uri), record, scale), _SAMPLE_PX_LR)
     facts = card_facts(plan, checkpoint, values, result.measures, samples=("lr", "bicubic", "sr", "hr"))
     with TemporaryDirectory(prefix="sr-model-") as folder:
         save_model(Path(folder) / "model", config, weights, notes=tags)
@@ -161,7 +148,7 @@ def _register(
             sample_lr_HWC=sample.lr_HWC,
             sample_hr_HWC=sample.hr_HWC,
             card=model_card(facts),
-            alias=None if plan.assets.not_promotable is not None else "challenger",
+            alias=None if plan.assets.not_promotable is not None else CHALLENGER,
         )
 
 
@@ -203,4 +190,4 @@ def _registered(plan: Plan, version: RegisteredVersion | None) -> str:
         return f"no: {resume_flags(plan)} does it"
     if plan.assets.not_promotable is not None:
         return f"{version.uri}, without an alias: {plan.assets.not_promotable}"
-    return f"{version.uri} ({version.name}@challenger)"
+    return f"{version.uri} ({version.name}@{CHALLENGER})"
