@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI
-from ray.exceptions import RayError, RayTaskError
+from fastapi import FastAPI, Request, Response
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -36,6 +36,10 @@ class IngressOptions:
     """Whether it is bound to this machine alone."""
 
 
+async def _to_nobody(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=400)
+
+
 class Ingress:
     """Takes uploads in, hands them to the replicas of the model, and answers for them where they can't."""
 
@@ -49,13 +53,16 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve asks for it once the object is made."""
         options = self._options
-        return make_api(
+        api = make_api(
             self,
             options.limits,
             tile_px_lr=options.tile_px_lr,
             timeout_s=options.timeout_s,
             is_loopback=options.is_loopback,
         )
+        # What reading the upload of a client that has left may raise; else its traceback would be in the log.
+        api.add_exception_handler(TaskCancelledError, _to_nobody)
+        return api
 
     async def upscale(self, data: bytes, order: Order) -> Upscaled | Refusal:
         """See `sr_serve.http_api.Backend`."""
