@@ -329,6 +329,31 @@ def test_what_is_too_large_is_said_before_it_is_sent_and_the_result_stays(page: 
     assert page.is_visible("#stage") and page.is_hidden("#drop")
 
 
+def test_an_image_that_is_dropped_while_another_is_being_shown_stays_in_sight(page: Any) -> None:
+    # The first image's pictures are ready only when the test lets them be.
+    page.evaluate(
+        """() => {
+            const decode = HTMLImageElement.prototype.decode, held = new Promise(go => { window.letGo = go; });
+            HTMLImageElement.prototype.decode = () => { document.body.classList.add("held"); return held; };
+            window.holdNoMore = () => { HTMLImageElement.prototype.decode = decode; };
+        }"""
+    )
+    drop(page, "first.png", encoded(levels(20, 30)))
+    page.wait_for_selector("body.held")
+    page.evaluate("holdNoMore()")
+    uploads: list[Any] = []
+    page.route("**/api/upscale*", lambda route: uploads.append(route))  # Playwright marks what it is given
+    drop(page, "second.png", encoded(levels(40, 50)))
+    page.wait_for_selector("#doing:has-text('second.png')")
+    page.evaluate("async () => { letGo(); await new Promise(requestAnimationFrame); }")
+    assert page.is_visible("#busy") and page.is_hidden("#stage")
+    while not uploads:
+        page.wait_for_timeout(50)
+    uploads[0].continue_()
+    page.wait_for_selector("#facts:has-text('50 × 40 px')")
+    page.wait_for_selector("#stage:not([hidden])")
+
+
 def test_the_servers_words_are_shown_and_a_phone_shows_them_whole(served: Served, browser: Any) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 700}, is_mobile=True, has_touch=True)
     page = context.new_page()
