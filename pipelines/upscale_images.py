@@ -7,15 +7,21 @@ Many images are shared among the actors of a Ray cluster: the one that RAY_ADDRE
 Give the same command again after an interruption: what is finished is not made again.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Annotated
 
 import tyro
 
 from sr_serve.upscale_options import UpscaleOptions
 from sr_serve.upscale_plan import UpscaleError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +60,25 @@ def main(arguments: Sequence[str]) -> None:
         exit_with(error)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     if failures:
         sys.exit(1)
 
 
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    """Says at once that it was heard: the images under way are finished first."""
+    print("\nstopping when the images under way are finished …", file=sys.stderr, flush=True)
+    signal.default_int_handler(signal_number, frame)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        main(sys.argv[1:])
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # A thread of Ray Data's may still ask a cluster that is gone; Ray then ends the process with status 1.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)

@@ -145,7 +145,7 @@ def _plan(
         self_ensemble=options.self_ensemble,
         precision=options.precision,
         format=options.format,
-        source=source.uri,
+        source=_real(source.uri),
     )
     return make_plan(
         sources,
