@@ -44,7 +44,6 @@ def main(arguments: Sequence[str]) -> None:
     try:
         options = tyro.cli(Options, args=list(arguments), prog="serve_model.py", description=__doc__)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways of ending it are one
-        print(f"{options.model}: opened and tried, then Ray Serve is started; about a minute", flush=True)
         with serving(options.model, options.serving, tracking_uri=options.tracking_uri) as url:
             print(f"{options.model} is at {url}  (API: {url}docs; Ctrl-C ends it)", flush=True)
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in place

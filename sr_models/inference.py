@@ -56,7 +56,7 @@ def upscale_batch(
     tile_px_lr: int = 192,
     self_ensemble: bool = False,
     autocast: torch.dtype | None = None,
-    before_tile: Callable[[], None] | None = None,
+    before_pass: Callable[[], None] | None = None,
 ) -> Tensor:
     """uint8 or uint16 RGB N×H×W×3, wherever it is → RGB N×sH×sW×3 of that dtype where the model is, clamped and
     rounded to nearest.
@@ -68,8 +68,8 @@ def upscale_batch(
     (`receptive_radius_px_lr`), which is then cut off, so the result is that of the whole image up to float rounding.
     Borders cost time: EDSR baseline x4 took 510x339 px in 75 s and 0.5 GiB at 192, in 39 s and 1.6 GiB as one tile (2
     CPU cores). `self_ensemble` averages over the eight flips and quarter turns (EDSR, "Geometric self-ensemble"): eight
-    times the work. `before_tile` is called before each tile, and what it raises ends the work: a large image takes
-    minutes on a CPU. The model's training mode is left as it was.
+    times the work. `before_pass` is called before each pass through the network, and what it raises ends the work: a
+    large image takes minutes on a CPU. The model's training mode is left as it was.
 
     ModelError if the images or the tile size are not as they must be.
     """
@@ -91,6 +91,13 @@ def upscale_batch(
     number, height, width, _ = lr_NHWC.shape
     scale, halo, max_level = model.config.scale, model.receptive_radius_px_lr, _MAX_LEVEL[lr_NHWC.dtype]
     lr_NHWC = lr_NHWC.to(device, non_blocking=True)
+
+    def network(lr_NCHW: Tensor) -> Tensor:
+        if before_pass is not None:
+            before_pass()
+        output_NCHW: Tensor = model(lr_NCHW)
+        return output_NCHW
+
     sr_NHWC = torch.empty((number, scale * height, scale * width, 3), dtype=lr_NHWC.dtype, device=device)
     with (
         torch.inference_mode(),
@@ -100,10 +107,8 @@ def upscale_batch(
     ):
         for y, top, bottom in windows(height, tile_px_lr, halo):
             for x, left, right in windows(width, tile_px_lr, halo):
-                if before_tile is not None:
-                    before_tile()
                 lr_NCHW = lr_NHWC[:, y, x].permute(0, 3, 1, 2).to(dtype, memory_format=layout) / max_level
-                sr_NCHW = _mean_over_dihedral(model, lr_NCHW) if self_ensemble else model(lr_NCHW)
+                sr_NCHW = _mean_over_dihedral(network, lr_NCHW) if self_ensemble else network(lr_NCHW)
                 tile_NCHW = sr_NCHW[
                     :,
                     :,
@@ -175,12 +180,12 @@ def _exact_convolutions() -> Iterator[None]:
         yield
 
 
-def _mean_over_dihedral(model: SRNetwork, lr_NCHW: Tensor) -> Tensor:
+def _mean_over_dihedral(network: Callable[[Tensor], Tensor], lr_NCHW: Tensor) -> Tensor:
     """Mean of the outputs for the 4 quarter turns of the image and of its mirror image, each turned back."""
     outputs_NCHW = []
     for mirrored in (False, True):
         for quarter_turns in range(4):
             view_NCHW = torch.rot90(lr_NCHW.flip(3) if mirrored else lr_NCHW, quarter_turns, (2, 3))
-            output_NCHW = torch.rot90(model(view_NCHW), -quarter_turns, (2, 3))
+            output_NCHW = torch.rot90(network(view_NCHW), -quarter_turns, (2, 3))
             outputs_NCHW.append(output_NCHW.flip(3) if mirrored else output_NCHW)
     return torch.stack(outputs_NCHW).mean(dim=0)

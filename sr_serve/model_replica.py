@@ -203,7 +203,7 @@ def upscale_alike(loaded: Loaded, jobs: Sequence[Job], *, autocast: torch.dtype 
             tile_px_lr=order.tile_px_lr,
             self_ensemble=order.self_ensemble,
             autocast=autocast,
-            before_tile=check,
+            before_pass=check,
         )
         return [
             Done(picture=with_upscaled(job.picture, sr_HWC, scale=scale), facts=loaded.facts, num_together=len(jobs))

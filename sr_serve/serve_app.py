@@ -51,6 +51,7 @@ def serving(model: str, options: ServeOptions, *, tracking_uri: str | None = Non
         tracking_uri = resolve_tracking_uri(tracking_uri)
     elif "://" not in model:
         model = str(Path(model).absolute())
+    print(f"{model} is read; starting Ray Serve, which takes about a minute", flush=True)
     connect()
     _check_neighbours(options)
     num_cpus = cpus_per_replica(options, _free_resources())

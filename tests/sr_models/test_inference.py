@@ -235,8 +235,9 @@ def test_16_bits_keep_what_8_would_round_away():
     assert np.array_equal(sr_HWC, lr_HWC.repeat(2, axis=0).repeat(2, axis=1))
 
 
-def test_the_work_can_be_ended_between_tiles():
+@pytest.mark.parametrize("options", [{"tile_px_lr": 4}, {"self_ensemble": True}])
+def test_the_work_can_be_ended_between_passes(options):
     model, left = Recorder(), iter(range(3))
     with pytest.raises(StopIteration):
-        upscale_batch(model, photo(60, 4)[None], tile_px_lr=4, before_tile=lambda: next(left))
+        upscale_batch(model, photo(60, 4)[None], **options, before_pass=lambda: next(left))
     assert len(model.seen) == 3
