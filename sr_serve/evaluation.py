@@ -53,6 +53,8 @@ class OpenModel:
     """Name and version, if it is a registered model: what its alias meant at the start."""
     self_ensemble: bool = False
     """Whether eight flips and turns are averaged."""
+    is_asked_for: bool = True
+    """Whether it was given as MODEL: bicubic is scored beside all models anyway."""
 
     @property
     def label(self) -> str:
@@ -117,7 +119,7 @@ class SetEvaluation:
         return score_table(rows, self.bicubic)
 
     def to_json_dicts(self) -> list[dict[str, Any]]:
-        """Plain values for JSON, an object per model, bicubic's first. An infinite PSNR is null."""
+        """Plain values for JSON, an object per model that was given. An infinite PSNR is null."""
         return [
             {
                 "model": it.model.upscaler.name,
@@ -127,6 +129,7 @@ class SetEvaluation:
                 **it.score.to_json_dict(),
             }
             for it in self.models
+            if it.model.is_asked_for
         ]
 
 
@@ -193,7 +196,7 @@ def open_models(
     for scale, models in found.items():
         if not models and BICUBIC not in names:
             raise UpscalerError(f"scale={scale}: none of the models is an x{scale} model (--scale)")
-        models.insert(0, OpenModel(upscaler=open_upscaler(BICUBIC, scale=scale)))
+        models.insert(0, OpenModel(upscaler=open_upscaler(BICUBIC, scale=scale), is_asked_for=BICUBIC in names))
     return dict(sorted(found.items()))
 
 

@@ -39,8 +39,9 @@ from sr_train.upscaler import UpscalerError, device_named, open_network, pinned
 
 USER_ERRORS = (UpscaleError, StorageError, ModelError, CheckpointError, ConfigError, UpscalerError, TrackingError)
 """What `upscale` raises, and the user can mend."""
+FEW_IMAGES = 8
+"""Made in this process where no cluster is named: starting Ray takes half a minute and more."""
 _DELETING_THREADS = 16
-
 
 Failures = dict[str, str]
 """Key of a bad image → what is wrong with it."""
@@ -166,12 +167,12 @@ def _prepare(target: Store, plan: Plan) -> None:
 
 
 def _is_made_here(plan: Plan, options: UpscaleOptions) -> bool:
-    """A folder of one image is not worth a cluster, unless one was asked for. The last image of a folder that others
-    were made of elsewhere is: this machine may lack the GPU, or the memory, that it needs.
+    """A few images are not worth a cluster, unless one was asked for. The last few of a folder that others were made of
+    elsewhere are: this machine may lack the GPU, or the memory, that they need.
     """
     if options.num_actors is not None:
         return options.num_actors == 0
-    return len(plan.todo) + plan.num_finished == 1 and not os.environ.get("RAY_ADDRESS")
+    return len(plan.todo) + plan.num_finished <= FEW_IMAGES and not os.environ.get("RAY_ADDRESS")
 
 
 def _maker(network: SRNetwork, plan: Plan, work: Work, options: UpscaleOptions) -> MakeAll:
@@ -179,7 +180,7 @@ def _maker(network: SRNetwork, plan: Plan, work: Work, options: UpscaleOptions) 
     images = plan.todo
     if _is_made_here(plan, options):
         return partial(_make_here, ImageMaker(placed(network, device_named(options.device)), work), images)
-    # Here: Ray takes 3 s to import, and one image needs none of it.
+    # Here: Ray takes 3 s to import, and a few images need none of it.
     from sr_serve.ray_upscale import make_on_cluster
     from sr_train.ray_cluster import cluster_facts, connect
 

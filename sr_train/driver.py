@@ -130,7 +130,7 @@ def make_job(plan: Plan, *, tracking: RunHandle | None, owner: str, git_sha: str
 
 def _fit(plan: Plan, job: Job) -> FitResult:
     progress = Progress(total_steps=plan.config.optim.total_steps)
-    progress.message("starting the workers: the first step takes about half a minute")
+    progress.message("starting the workers: the first step takes half a minute to a minute")
     try:
         with Workers(plan.config.run) as workers:
             return workers.fit(job, on_message=lambda message: _show(progress, plan, message))

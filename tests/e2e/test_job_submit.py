@@ -235,16 +235,14 @@ def test_evaluation_agrees_with_the_run(trained: TrainedRun, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     [scores] = json.loads((tmp_path / "out.json").read_text())
-    assert scores.keys() == {"set", "scale", "protocol", "psnr_db", "ssim", "images"}
+    assert scores.keys() >= {"set", "scale", "protocol", "psnr_db", "ssim", "images"}
     assert (scores["set"], scores["scale"], scores["protocol"]) == (trained.images.valid.name, 2, PROTOCOL)
     assert {frozenset(image) for image in scores["images"]} == {frozenset({"name", "psnr_db", "ssim"})}
     # Two workers in the cluster on images from S3, and one process here on the files: the same numbers.
     for name in ("psnr_db", "ssim"):
         assert scores[name] == pytest.approx(float(trained.version.tags[name]), abs=1e-3)
-    *_, heading, values = (line.split() for line in done.stdout.splitlines())
-    assert heading == ["set", "images", "PSNR", "dB", "SSIM", "bicubic", "dB", "SSIM", "gain", "dB"]
-    bicubic_db = float(values[4])
-    assert bicubic_db == pytest.approx(float(trained.version.tags["bicubic_psnr_db"]), abs=1e-3)
+    [of_bicubic] = (line.split() for line in done.stdout.splitlines() if line.startswith("bicubic "))
+    assert float(of_bicubic[1]) == pytest.approx(float(trained.version.tags["bicubic_psnr_db"]), abs=1e-3)
 
 
 def test_credentials_are_written_nowhere(trained: TrainedRun) -> None:

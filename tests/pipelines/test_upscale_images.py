@@ -193,6 +193,7 @@ def test_the_last_image_is_made_where_the_others_were(upscale, model, tiny_photo
     """An actor of that many CPUs fits nowhere: nothing is made, neither there nor here."""
     request.getfixturevalue("small_cluster")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("sr_serve.upscale_run.FEW_IMAGES", 1)
     target, flags = tmp_path / "out", ["--cpus-per-actor", 999]
     for number in range(2, 6):
         (tiny_photos / f"photo-{number}.png").unlink()
@@ -281,10 +282,10 @@ def test_the_record_names_the_version_that_an_alias_stood_for(upscale, model, ph
     assert (tmp_path / "out/photo-0.png").read_bytes() == expected(model, photos, "photo-0.png")
 
 
-@pytest.mark.parametrize("how", [HERE, ()], ids=["here", "ray"])
+@pytest.mark.parametrize("how", [(), ("--num-actors", 2)], ids=["here", "ray"])
 def test_a_target_that_refuses_ends_it(upscale, model, photos, tmp_path, how, request):
     """A folder that has to be made, and a file in its place."""
-    if how != HERE:
+    if how:
         request.getfixturevalue("small_cluster")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/sub").write_text("in the way")
@@ -375,7 +376,10 @@ def test_a_server_that_refuses_everything_is_no_bad_image(model, photos, s3, mon
         (["{model}", "{photos}/bad.png", "{file}/x.png"], ["a-file: a part of this path is a file"]),
         (["{model}", "{photos}/old.tif", "{file}/x.png", "--dry-run"], ["a-file: a part of this path is a file"]),
         (["{model}", "{photos}", "out", "--dry-run", "--num-actors", "0", "--device", "cuda:99"], ["cuda:99"]),
-        (["{model}", "{photos}", "out", "--dry-run", "--device", "cuda:1"], ["--device cuda:1: Ray says"]),
+        (
+            ["{model}", "{photos}", "out", "--dry-run", "--num-actors", "1", "--device", "cuda:1"],
+            ["--device cuda:1: Ray says"],
+        ),
         (["{model}", "{photos}/old.tif", "out.tif"], ["out.tif: its suffix", "TARGET"]),
         (["{model}", "{photos}/photo-0.png", "{link}/photo-0.png"], ["TARGET is SOURCE"]),
         (["{model}", "{photos}", "out", "--num-actors", "0", "--device", "tpu"], ["tpu", "--device"]),

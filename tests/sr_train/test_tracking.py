@@ -299,10 +299,10 @@ def test_check_refuses_what_can_not_hold_a_run(tmp_path: Path, s3: object) -> No
 
 
 def test_a_deleted_experiment_is_said(uri: str) -> None:
-    run = new_run(uri, experiment="deleted")
+    run = new_run(uri, experiment="soon-deleted")
     MlflowClient(uri).delete_experiment(run.experiment_id)
-    with pytest.raises(TrackingError, match=r"'deleted'.*--tracking\.experiment"):
-        new_run(uri, experiment="deleted")
+    with pytest.raises(TrackingError, match=r"'soon-deleted'.*--tracking\.experiment"):
+        new_run(uri, experiment="soon-deleted")
 
 
 def test_messages_and_urls_hold_no_password() -> None:
