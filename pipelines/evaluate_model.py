@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(options: Options) -> None:
     """Scores each set, prints tables, writes what was asked for. What can be wrong is found before the first score."""
-    from sr_serve.evaluation import evaluate_in_turn, open_models, open_sets, parse_scales
+    from sr_serve.evaluation import evaluate, open_models, open_sets, parse_scales
     from sr_serve.evaluation_outputs import EvaluationOutputs
     from sr_serve.evaluation_report import EvaluationReport
 
@@ -85,7 +85,7 @@ def run(options: Options) -> None:
     )
     sets = open_sets(options.sets, split=options.split, scales=models, protocol=options.protocol)
     observe = None if report is None else outputs.observe
-    outputs.write(evaluate_in_turn(models, sets, protocol=options.protocol, observe=observe))
+    outputs.write(evaluate(models, sets, protocol=options.protocol, observe=observe))
 
 
 if __name__ == "__main__":

@@ -43,10 +43,16 @@ class _Names:
     since: str
     conv: str
     """Of the three outer parts, which get 1, 2, 3 appended."""
-    stage: Callable[[int], str]
-    """Index of an upsampling stage → its convolution."""
-    activation: Callable[[int], str]
-    """Index of an upsampling stage → its PReLU."""
+    upsampling: Callable[[int, int], str]
+    """(Upsampling stage, place in it) → a layer: the convolution is at 0, the PReLU at 2."""
+
+
+def _in_blocks(stage: int, place: int) -> str:
+    return f"upsampling.{stage}.upsample_block.{place}"
+
+
+def _in_one_sequence(stage: int, place: int) -> str:
+    return f"upsampling.{3 * stage + place}"
 
 
 def _tanh_layers(num_blocks: int, num_stages: int) -> Iterator[Layer]:
@@ -81,8 +87,8 @@ def _layers(names: _Names, num_blocks: int, num_stages: int) -> Iterator[Layer]:
     yield Layer(ours="body_end.0", theirs=f"{conv}2.0", kind="conv without bias")
     yield Layer(ours="body_end.1", theirs=f"{conv}2.1", kind="norm")
     for stage in range(num_stages):
-        yield Layer(ours=f"upsampler.{3 * stage}", theirs=names.stage(stage), kind="conv")
-        yield Layer(ours=f"upsampler.{3 * stage + 2}", theirs=names.activation(stage), kind="prelu")
+        yield Layer(ours=f"upsampler.{3 * stage}", theirs=names.upsampling(stage, 0), kind="conv")
+        yield Layer(ours=f"upsampler.{3 * stage + 2}", theirs=names.upsampling(stage, 2), kind="prelu")
     yield Layer(ours="tail", theirs=f"{conv}3", kind="conv")
 
 
@@ -140,39 +146,23 @@ def _layout(names: _Names) -> Layout:
     title = f"SRGAN-PyTorch's SRResNet (Lornatang, {names.since})"
     return Layout(
         title=title,
-        marks=(f"{names.conv}1.0.weight", "trunk.0.rcb.0.weight", f"{names.stage(0)}.weight", f"{names.conv}3.weight"),
+        marks=(
+            f"{names.conv}1.0.weight",
+            "trunk.0.rcb.0.weight",
+            f"{names.upsampling(0, 0)}.weight",
+            f"{names.conv}3.weight",
+        ),
         head=f"{names.conv}1.0",
         block="trunk.{}.rcb.0",
-        stage=names.stage,
+        stage=lambda index: names.upsampling(index, 0),
         layers=partial(_layers, names),
         finish=partial(_finish_linear, title),
     )
 
 
-SRGAN_PYTORCH = _layout(
-    _Names(
-        since="since October 2022",
-        conv="conv",
-        stage=lambda index: f"upsampling.{index}.upsample_block.0",
-        activation=lambda index: f"upsampling.{index}.upsample_block.2",
-    )
-)
-SRGAN_PYTORCH_2022 = _layout(
-    _Names(
-        since="April to October 2022",
-        conv="conv_block",
-        stage=lambda index: f"upsampling.{index}.upsample_block.0",
-        activation=lambda index: f"upsampling.{index}.upsample_block.2",
-    )
-)
-SRGAN_PYTORCH_2021 = _layout(
-    _Names(
-        since="end of 2021 to April 2022",
-        conv="conv_block",
-        stage=lambda index: f"upsampling.{3 * index}",
-        activation=lambda index: f"upsampling.{3 * index + 2}",
-    )
-)
+SRGAN_PYTORCH = _layout(_Names(since="since October 2022", conv="conv", upsampling=_in_blocks))
+SRGAN_PYTORCH_2022 = _layout(_Names(since="April to October 2022", conv="conv_block", upsampling=_in_blocks))
+SRGAN_PYTORCH_2021 = _layout(_Names(since="end of 2021 to April 2022", conv="conv_block", upsampling=_in_one_sequence))
 
 _LEFTTHOMAS = "SRGAN's generator (leftthomas, since May 2019)"
 SRGAN_LEFTTHOMAS = Layout(

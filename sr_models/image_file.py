@@ -33,9 +33,9 @@ _ORIENTATION = ExifTags.Base.Orientation
 _KEPT_OF_TIFF = {270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}
 _STALE_TAGS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)  # sizes in pixels: no longer true
 _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-_FAILURES = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, TypeError, AttributeError,
-             RuntimeError, SystemError, struct.error, zlib.error)  # fmt: skip
-# What Pillow's plugins raise on damaged files; SyntaxError is its word for a broken PNG or TIFF header.
+DECODE_FAILURES = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, TypeError,
+                   AttributeError, RuntimeError, SystemError, struct.error, zlib.error)  # fmt: skip
+"""What Pillow's plugins raise on damaged files; SyntaxError is its word for a broken PNG or TIFF header."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,7 +78,7 @@ def read_picture(data: bytes, *, name: str, max_mpx: float = MAX_MPX) -> Picture
         raise ImageFileError(f"{name}: has more pixels than any limit allows ({error})") from error
     except ImageFileError:
         raise
-    except _FAILURES as error:
+    except DECODE_FAILURES as error:
         raise ImageFileError(f"{name}: the image is truncated or damaged ({error})") from error
 
 
@@ -219,7 +219,7 @@ def _exif_of(image: Image.Image) -> tuple[int, bytes | None]:
             for tag in _STALE_TAGS:
                 exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
         block = exif.tobytes() if len(exif) else None
-    except _FAILURES:
+    except DECODE_FAILURES:
         return 1, None
     return (orientation if orientation in range(1, 9) else 1), block
 

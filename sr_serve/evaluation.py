@@ -276,7 +276,7 @@ def evaluate_set(
     )
 
 
-def evaluate_in_turn(
+def evaluate(
     models: Mapping[int, Sequence[OpenModel]],
     sets: Iterable[OpenSet],
     *,
@@ -289,17 +289,6 @@ def evaluate_in_turn(
     """
     for one in sets:
         yield evaluate_set(one, models[one.manifest.scale], protocol=protocol, observe=observe)
-
-
-def evaluate(
-    models: Mapping[int, Sequence[OpenModel]],
-    sets: Iterable[OpenSet],
-    *,
-    protocol: str,
-    observe: Observer | None = None,
-) -> list[SetEvaluation]:
-    """As `evaluate_in_turn`, all at once: for a few images, as a failure loses what is finished."""
-    return list(evaluate_in_turn(models, sets, protocol=protocol, observe=observe))
 
 
 def scores_csv(evaluations: Iterable[SetEvaluation]) -> str:

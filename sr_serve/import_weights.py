@@ -226,7 +226,7 @@ def score_import(
         scale: [bicubic, replace(model, upscaler=replace(model.upscaler, name=label))]
         for scale, (bicubic, model) in models.items()
     }
-    return evaluate(named, sets, protocol=protocol)
+    return list(evaluate(named, sets, protocol=protocol))
 
 
 def score_warnings(evaluations: Sequence[SetEvaluation]) -> tuple[str, ...]:

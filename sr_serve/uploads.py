@@ -3,9 +3,7 @@
 import asyncio
 import io
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Literal
 
 from PIL import Image
 
+from sr_models.image_file import DECODE_FAILURES
 from sr_serve.messages import RefusedError
 
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
@@ -34,9 +33,7 @@ _OTHER_KINDS = {
     b"<svg": "an SVG",
     b"PK\x03\x04": "a ZIP archive",
 }
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, MemoryError, struct.error,
-           zlib.error)  # fmt: skip
-# What Pillow raises on damaged headers; SyntaxError is its word for a broken PNG chunk.
+_DAMAGE = (*DECODE_FAILURES, MemoryError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

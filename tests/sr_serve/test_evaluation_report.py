@@ -17,7 +17,7 @@ from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.inference import upscale_image
 from sr_models.weights import save_model
-from sr_serve.evaluation import evaluate_in_turn, open_models, open_sets
+from sr_serve.evaluation import evaluate, open_models, open_sets
 from sr_serve.evaluation_report import EvaluationReport, worst_crop
 
 CONFIG = EDSRConfig(scale=2, num_blocks=1, num_channels=4)
@@ -48,7 +48,7 @@ def begin_report(uri, models, photos, *, num_pictured=20):
     report.check()
     opened = open_models(models, scales=[2], device="cpu")
     sets = open_sets(str(photos), split="test", scales=opened, protocol=PROTOCOL)
-    return report, evaluate_in_turn(opened, sets, protocol=PROTOCOL, observe=report.observe)
+    return report, evaluate(opened, sets, protocol=PROTOCOL, observe=report.observe)
 
 
 def contents(folder):
