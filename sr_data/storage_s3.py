@@ -34,6 +34,7 @@ _CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_T
 _ENDPOINT = "check AWS_ENDPOINT_URL and the network"
 _RETRIED_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "IncompleteBody", "BadDigest",
                   "XAmzContentSHA256Mismatch", "OperationAborted"}  # fmt: skip
+_WRONG_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError)
 
 T = TypeVar("T")
@@ -254,10 +255,12 @@ def _diagnosis(error: BaseException, bucket: str) -> tuple[int, str, str]:
         return errno.ENOENT, "there is no such object (or no such bucket)", ""
     if "Quota" in code or code == "EntityTooLarge":
         return errno.ENOSPC, "the storage quota is used up", "what was saved before is untouched"
+    if code in _WRONG_CREDENTIALS:
+        return errno.EPERM, "the server refuses these credentials", _CREDENTIALS
     if status in (401, 403):
         return errno.EACCES, "the server refuses these credentials", _CREDENTIALS
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
-        return errno.EACCES, "no complete credentials were found", _CREDENTIALS
+        return errno.EPERM, "no complete credentials were found", _CREDENTIALS
     if isinstance(error, _TruncatedError | boto.IncompleteReadError | aiohttp.ClientPayloadError):
         return errno.EIO, "the transfer kept breaking off", ""
     if isinstance(error, boto.ReadTimeoutError):
@@ -266,7 +269,9 @@ def _diagnosis(error: BaseException, bucket: str) -> tuple[int, str, str]:
         return errno.EHOSTUNREACH, "the endpoint can't be reached", _ENDPOINT
     if isinstance(error, boto.ParamValidationError):
         return errno.EINVAL, "not a valid bucket name or key", ""
-    return errno.EIO, "the storage server " + ("failed" if status >= 500 else "refuses"), ""
+    if 300 <= status < 500 and status != 429:
+        return errno.EINVAL, "the storage server refuses", ""
+    return errno.EIO, "the storage server failed", ""
 
 
 def _detail(error: BaseException) -> str:

@@ -52,16 +52,21 @@ def step_of_key(key: str) -> int | None:
     return int(stem) if key == f"step-{stem}{_SUFFIX}" and stem.isdigit() else None
 
 
-def write_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
-    """Writes it whole or raises StorageError and leaves what was there; returns its key."""
+def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
+    """The file that `write_checkpoint` writes."""
     flat = {
         f"{group}/{name}": tensor.detach().cpu().contiguous()
         for group, tensors in checkpoint.tensors.items()
         for name, tensor in tensors.items()
     }
     header = {"format": str(FORMAT), "meta": json.dumps(checkpoint.meta, sort_keys=True)}
+    return save(flat, header)
+
+
+def write_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
+    """Writes it whole or raises StorageError and leaves what was there; returns its key."""
     key = key_of_step(checkpoint.step)
-    store.write(key, save(flat, header))
+    store.write(key, checkpoint_bytes(checkpoint))
     return key
 
 

@@ -1,8 +1,13 @@
-"""Checkpoints written while training goes on: a copy of the tensors now, serialising and uploading in a thread."""
+"""Checkpoints written while training goes on: a copy of the tensors now, serialising and uploading in a thread.
+
+Storage that is away, full or refusing for a while costs no checkpoint and not the run: the thread goes on trying, and
+training waits when the next checkpoint is due.
+"""
 
 import logging
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +16,7 @@ import torch
 
 from sr_data.errors import StorageError
 from sr_data.storage import Store
+from sr_data.storage_patience import Patience, warn
 from sr_train import checkpoint as ckpt
 from sr_train.checkpoint import Checkpoint
 
@@ -32,8 +38,20 @@ class CheckpointWriter:
     checkpoints.
     """
 
-    def __init__(self, store: Store, *, keep_last: int):
+    def __init__(
+        self,
+        store: Store,
+        *,
+        keep_last: int,
+        patience_s: float = 0.0,
+        on_trouble: Callable[[str, int], None] | None = None,
+    ):
+        """`patience_s`: how long storage may refuse a checkpoint. `on_trouble(message, step)` is called, in the
+        writer's thread, when that begins and when it is over; without one, it is logged.
+        """
         self._store, self._keep_last = store, keep_last
+        self._patience_s, self._on_trouble = patience_s, on_trouble
+        self._leaving = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._on_the_way: Future[Written] | None = None
 
@@ -69,7 +87,8 @@ class CheckpointWriter:
         return future.result() if future is not None else None
 
     def close(self) -> None:
-        """Waits for what is on its way."""
+        """Waits for what is on its way; but no longer for storage that refuses it, once the attempt under way fails."""
+        self._leaving.set()
         self._thread.shutdown(wait=True)
 
     def _write(
@@ -79,9 +98,15 @@ class CheckpointWriter:
             stream = torch.cuda.Stream(copied.device)  # type: ignore[no-untyped-call]
             stream.wait_event(copied)
             with torch.cuda.stream(stream):
-                key = ckpt.write_checkpoint(self._store, checkpoint)
+                data = ckpt.checkpoint_bytes(checkpoint)
         else:
-            key = ckpt.write_checkpoint(self._store, checkpoint)
+            data = ckpt.checkpoint_bytes(checkpoint)
+        key = ckpt.key_of_step(checkpoint.step)
+        self._patience(checkpoint.step).spend(
+            lambda: self._store.write(key, data),
+            on=f"the checkpoint of step {checkpoint.step} can't be written",
+            meanwhile="training goes on until the next one is due",
+        )
         best, good_step = checkpoint.meta.get("best"), checkpoint.meta.get("good_step")
         spared = {best["key"]} if best else set()
         if good_step is not None:
@@ -91,6 +116,15 @@ class CheckpointWriter:
         except StorageError as failure:  # costs space, not the run; the next checkpoint tries again
             logging.getLogger(__name__).warning("old checkpoints could not be deleted: %s", failure)
         return Written(key=key, step=checkpoint.step, stalled_s=stalled_s, seconds=time.perf_counter() - asked_s)
+
+    def _patience(self, step: int) -> Patience:
+        def say(message: str) -> None:
+            if self._on_trouble is None:
+                warn(message)
+            else:
+                self._on_trouble(message, step)
+
+        return Patience(seconds=self._patience_s, say=say, given_up=self._leaving)
 
 
 def _record_event(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> torch.cuda.Event | None:

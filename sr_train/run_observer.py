@@ -85,6 +85,10 @@ class RunObserver:
         self._send("recovery", {"message": message, "step": step})
         self._track({"recoveries": float(self._num_recoveries)}, step)
 
+    def on_trouble(self, message: str, step: int) -> None:
+        """Something holds the run up, or no longer does; called by any thread."""
+        self._send("trouble", {"message": message, "step": step})
+
     def measures(self) -> dict[str, float]:
         """What the run cost, by name with unit."""
         seconds = max(self._totals["seconds"], 1e-9)
