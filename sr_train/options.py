@@ -211,6 +211,11 @@ class StepConfig:
     """On CUDA, cut the next batch on a side stream while the current one is trained on."""
 
 
+MAX_PATIENCE_S = 1500
+"""Below the 1800 s after which Ray Train's process groups give up a worker that the others wait for, less what the last
+attempt takes."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """What is saved, and what training starts from."""
@@ -219,12 +224,20 @@ class CheckpointConfig:
     """Patches between checkpoints; each validation and the end write one too."""
     keep_last: int = 3
     """Newest checkpoints kept, besides the best one and that of the last validation."""
+    patience_s: float = 600.0
+    """How long storage may refuse a checkpoint, be away or be full before the run ends, in seconds, at most 1500;
+    training goes on meanwhile until the next checkpoint is due."""
     init_from: str | None = None
     """Weights to start from: a checkpoint, a folder or models:/NAME; x3/x4 may start from x2 (all but the
     upsampler)."""
 
     def __post_init__(self) -> None:
         require_positive(checkpoint__interval_patches=self.interval_patches, checkpoint__keep_last=self.keep_last)
+        require(
+            0 <= self.patience_s <= MAX_PATIENCE_S,
+            f"--checkpoint.patience-s={self.patience_s:g} must lie between 0 and {MAX_PATIENCE_S}: the other workers "
+            "wait meanwhile, which PyTorch ends after 1800 s",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
