@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ import pytest
 from PIL import Image
 from xdist.scheduler import LoadFileScheduling
 
+from tests.support.machines import start_network, why_no_machines
 from tests.support.mlflow_server import MlflowServer, start_mlflow
+from tests.support.nodes import Site, start_nodes
 from tests.support.perceptual import save_random_features
 from tests.support.ray_head import RayHead, start_ray_head
 from tests.support.s3 import S3Server, missing_ceph_programs, start_moto, start_rgw
@@ -141,6 +144,24 @@ def ray_head() -> Iterator[RayHead]:
         head = start_ray_head(Path(folder))
         yield head
         head.child.stop()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A Ray cluster of a head and two nodes with addresses of their own, and S3 and MLflow servers that they reach.
+
+    A test that changes the nodes leaves two that work. SR_EXPECT_NAMESPACES=1 makes it a failure if there can be none.
+    """
+    if reason := why_no_machines():
+        _absent(reason, "SR_EXPECT_NAMESPACES")
+    network = start_network(tmp_path_factory.mktemp("network"))
+    with ExitStack() as stack:
+        stack.callback(network.close)
+        s3 = start_moto(tmp_path_factory.mktemp("moto"), host=network.host_ip)
+        stack.callback(s3.stop)
+        mlflow = start_mlflow(tmp_path_factory.mktemp("mlflow"), host=network.host_ip)
+        stack.callback(mlflow.child.stop)
+        yield Site(start_nodes(network, num_nodes=2, cpus_per_node=2), s3, mlflow)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A real `mlflow server` on SQLite, on loopback."""
+"""A real `mlflow server` on SQLite, on loopback or another address of this machine."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class MlflowServer:
     child: Child
 
 
-def start_mlflow(folder: Path, *, port: int | None = None) -> MlflowServer:
+def start_mlflow(folder: Path, *, host: str = "127.0.0.1", port: int | None = None) -> MlflowServer:
     """Database and artefacts lie in `folder`: the same folder and port bring a stopped server back."""
     port = port or free_ports(1)[0]
-    uri = f"http://127.0.0.1:{port}"
-    command: list[str | Path] = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    uri = f"http://{host}:{port}"
+    command: list[str | Path] = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", folder / "artifacts", "--workers", "1"]
     # Job execution costs eight processes and a gigabyte and serves nothing here.

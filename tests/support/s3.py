@@ -71,11 +71,11 @@ class S3Server:
             child.stop()
 
 
-def start_moto(folder: Path) -> S3Server:
+def start_moto(folder: Path, *, host: str = "127.0.0.1") -> S3Server:
     """moto's S3 server. It accepts anything until its user exists, from then on only valid signatures."""
     (port,) = free_ports(1)
-    endpoint_url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    endpoint_url = f"http://{host}:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
     child = Child.start("moto", command, log_path=folder / "moto.log", env=os.environ)
     try:
         child.wait_until(lambda: answers_http(f"{endpoint_url}/moto-api/"))

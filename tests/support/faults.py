@@ -1,0 +1,122 @@
+"""A run that is harmed: moments to do it at, what it cost, and a record of every fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from sr_train.checkpoint import key_of_step, step_of_key
+from tests.support.node_runs import BATCH, NodeRun
+from tests.support.process import ServerError
+from tests.support.ray_head import Job, JobOutcome
+from tests.support.s3_gate import S3Gate
+
+SEEDS = range(int(os.environ.get("SR_FAULT_ROUNDS", "1")))
+"""SR_FAULT_ROUNDS=5: each fault at five different random moments."""
+RECORD = os.environ.get("SR_FAULT_RECORD")
+"""File to which each fault is appended, as a line of JSON."""
+
+
+@dataclass
+class HarmedRun:
+    """A run and what is done to it. `steps_between`: its checkpoints' distance."""
+
+    run: NodeRun
+    gate: S3Gate
+    steps_between: int
+    seed: int
+    arguments: tuple[object, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    faults: list[dict[str, object]] = field(default_factory=list)
+    job: Job = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.submit()
+
+    def submit(self) -> None:
+        """The same command, whether or not the run has begun."""
+        env = {"AWS_ENDPOINT_URL": self.gate.url, **self.env}
+        arguments = ["--resume", "--run.max-failures", 10, *self.arguments]
+        self.job = self.run.start(*arguments, env=env, steps_between_checkpoints=self.steps_between)
+
+    def random_moment(self, after_step: int) -> None:
+        """Returns up to a second after the first checkpoint at or after this step: some checkpoints' distance."""
+        self._wait_for_checkpoint(after_step)
+        time.sleep(self.rng.uniform(0, 1))
+
+    def _wait_for_checkpoint(self, step: int, *, timeout_s: float = 240.0) -> int:
+        """The newest step that is saved, once that is `step` or later."""
+        deadline = time.monotonic() + timeout_s
+        while (newest := self.newest_saved()) < step:
+            if self.job.client.get_job_status(self.job.job_id).is_terminal() or time.monotonic() > deadline:
+                raise ServerError(f"no checkpoint of step {step} or later:\n{self.job.logs()}")
+            time.sleep(0.05)
+        return newest
+
+    def newest_saved(self) -> int:
+        """Step of its newest checkpoint; 0 without any."""
+        s3, bucket = self.run.site.s3.client(), self.run.bucket.removeprefix("s3://")
+        answer = s3.list_objects_v2(Bucket=bucket, Prefix=f"runs/{self.run.name}/checkpoints/")
+        return max((step_of_key(item["Key"].rpartition("/")[2]) or 0 for item in answer.get("Contents", [])), default=0)
+
+    def checkpoint_path(self, step: int) -> str:
+        """What the request that saves that step begins with."""
+        bucket = self.run.bucket.removeprefix("s3://")
+        return f"PUT /{bucket}/runs/{self.run.name}/checkpoints/{key_of_step(step)}"
+
+    def next_checkpoint(self) -> int:
+        """The step of a checkpoint that is not begun yet."""
+        return (self.newest_saved() // self.steps_between + 2) * self.steps_between
+
+    def inflict(self, fault: str, do: Callable[[], object]) -> None:
+        """Does it, and notes what and when."""
+        self.faults.append({"fault": fault, "seed": self.seed, "newest_checkpoint": self.newest_saved()})
+        do()
+
+    def wait_until_going_on(self, *, times: int = 1, timeout_s: float = 180.0) -> None:
+        """Returns once this job's log has said so many times from where the run goes on."""
+        deadline = time.monotonic() + timeout_s
+        while self.job.logs().count("going on from step") < times:
+            if self.job.client.get_job_status(self.job.job_id).is_terminal() or time.monotonic() > deadline:
+                raise ServerError(f"the run did not go on (expected: {times} times):\n{self.job.logs()}")
+            time.sleep(0.2)
+
+    def finish(self) -> JobOutcome:
+        """Waits for the good end of the job, and writes the record."""
+        outcome = self.job.wait(timeout_s=600)
+        redone = self._redone_steps()
+        for number, fault in enumerate(self.faults):
+            fault |= {"exit_code": outcome.exit_code, "run": self.run.name}
+            fault["steps_redone"] = redone[number] if len(redone) == len(self.faults) else redone
+            if RECORD:
+                with Path(RECORD).open("a") as file:
+                    file.write(json.dumps(fault) + "\n")
+        assert outcome.exit_code == 0, outcome.logs
+        return outcome
+
+    def _redone_steps(self) -> list[int]:
+        """For each time that training went back: how many steps back, as far as MLflow was told."""
+        uri = self.run.site.mlflow.uri
+        client = MlflowClient(uri, uri)
+        [version] = self.run.versions() or [None]
+        if version is None or version.run_id is None:
+            return []
+        points = sorted(client.get_metric_history(version.run_id, "loss"), key=lambda point: point.timestamp)
+        steps = [point.step for point in points]
+        return [before - after for before, after in pairwise(steps) if after <= before]
+
+
+def budget_is_spent_once(run: NodeRun, folder: Path) -> None:
+    """The last checkpoint has seen every patch of the budget, and all checkpoints can be read."""
+    saved = run.checkpoints(folder)
+    assert saved[run.steps].meta["patches_seen"] == run.steps * BATCH
+    assert all(checkpoint.meta["patches_seen"] == step * BATCH for step, checkpoint in saved.items())
