@@ -132,6 +132,18 @@ def patch_origins(
     )
 
 
+def worker_samples(global_batch_size: int, *, rank: int, num_workers: int, unit: int = 1) -> range:
+    """The samples of every batch that a worker draws: all workers' parts together are the batch, in the order of ranks.
+
+    Equal parts where that is possible; else they differ by one `unit` (samples that must stay together: one for each of
+    a step's micro-batches). The batch must be a multiple of `unit`, and have one for each worker.
+    """
+    num_units = global_batch_size // unit
+    if global_batch_size % unit or num_units < num_workers:
+        raise ValueError(f"{global_batch_size} samples, in units of {unit}, can't be shared out to {num_workers} workers")
+    return range(unit * (rank * num_units // num_workers), unit * ((rank + 1) * num_units // num_workers))
+
+
 def slot_range(plan: SamplePlan, first_sample: int, num_samples: int) -> range:
     """The slots that these samples of any step can draw from, no more and no less: what a worker has to hold."""
     end = first_sample + num_samples

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sr_models.discriminators import MIN_PATCH_PX_HR, DiscriminatorConfig
-from sr_train.config import ModelT, TrainConfig
+from sr_train.config import ModelT, TrainConfig, batch_contradictions
 from sr_train.gan_options import GanConfig, WatchdogConfig
 from sr_train.options import OptimConfig, ScheduleConfig
 from sr_train.perceptual_weights import PerceptualConfig
@@ -49,13 +49,7 @@ class AdversarialConfig(TrainConfig[ModelT]):
     def _first_phase_contradictions(self) -> Iterator[str]:
         """What `TrainConfig` finds in the first phase, by the flags of that phase."""
         optim, schedule = self.pretrain.optim, self.pretrain.schedule
-        pieces = self.run.num_workers * optim.accumulation_steps
-        if optim.global_batch_size % pieces:
-            yield (
-                f"pretrain.optim.global_batch_size={optim.global_batch_size} can't be divided evenly by "
-                f"run.num_workers={self.run.num_workers} × pretrain.optim.accumulation_steps="
-                f"{optim.accumulation_steps}; use a multiple of {pieces} (--pretrain.optim.global-batch-size)"
-            )
+        yield from batch_contradictions(optim, self.run, group="pretrain.optim")
         if schedule.warmup_patches >= optim.total_patches:
             yield (
                 f"pretrain.schedule.warmup_patches={schedule.warmup_patches} is not shorter than the first phase's "

@@ -121,18 +121,19 @@ class AdversarialLearner:
         values = dict.fromkeys(self._value_names(), torch.zeros((), device=self._device))
         generated = [self._generator(lr_NCHW) for lr_NCHW, _ in batches] if len(batches) == 1 else []
         self._estimate_spectral_norms(True)
+        share = self._collective.weight / len(batches)
         for index, (lr_NCHW, hr_NCHW) in enumerate(batches):
             sr_NCHW = generated[index].detach() if generated else self._generator.without_gradient(lr_NCHW)
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self._discriminator.without_exchange():
-                self._teach_discriminator(sr_NCHW, hr_NCHW, values, share=1 / len(batches))
+                self._teach_discriminator(sr_NCHW, hr_NCHW, values, share=share)
         values["discriminator_grad_norm"] = self._discriminator_updater.step()
 
         for index, (lr_NCHW, hr_NCHW) in enumerate(batches):
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self._generator.without_exchange():
                 sr_NCHW = generated[index] if generated else self._generator(lr_NCHW)
-                self._teach_generator(sr_NCHW, hr_NCHW, values, share=1 / len(batches))
+                self._teach_generator(sr_NCHW, hr_NCHW, values, share=share)
         values["grad_norm"] = self._updater.step()
         self._guard.end_step()
         self._averages.add(values)

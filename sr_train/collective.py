@@ -15,6 +15,9 @@ class Collective:
 
     rank: int = 0
     world_size: int = 1
+    weight: float = 1.0
+    """What this worker's mean over its samples counts in a mean over the workers, so that every sample counts alike;
+    the workers' mean of it is 1, and it is 1 where all have equally many."""
 
     @classmethod
     def of_process_group(cls) -> "Collective":

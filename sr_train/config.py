@@ -48,24 +48,41 @@ class TrainConfig(Generic[ModelT]):
 
     def _contradictions(self) -> Iterator[str]:
         """Options that are right alone and can't be run together."""
-        patch, scale, batch = self.data.patch_px_hr, self.model.scale, self.optim.global_batch_size
-        pieces = self.run.num_workers * self.optim.accumulation_steps
+        patch, scale = self.data.patch_px_hr, self.model.scale
         if patch % scale:
             yield (
                 f"data.patch_px_hr={patch} is not a multiple of model.scale={scale}; "
                 f"use {_multiples_around(patch, scale)} (--data.patch-px-hr)"
             )
-        if batch % pieces:
-            yield (
-                f"optim.global_batch_size={batch} can't be divided evenly by run.num_workers={self.run.num_workers} × "
-                f"optim.accumulation_steps={self.optim.accumulation_steps}; use {_multiples_around(batch, pieces)} "
-                f"(--optim.global-batch-size)"
-            )
+        yield from batch_contradictions(self.optim, self.run, group="optim")
         if self.schedule.warmup_patches >= self.optim.total_patches:
             yield (
                 f"schedule.warmup_patches={self.schedule.warmup_patches} is not shorter than the budget of "
                 f"{self.optim.total_patches} patches (--schedule.warmup-patches, --optim.total-patches)"
             )
+
+
+def batch_contradictions(optim: OptimConfig, run: RunConfig, *, group: str) -> Iterator[str]:
+    """Batches that the workers can't share; `group` is what the optimiser's options are called by their flags."""
+    batch, accumulation = optim.global_batch_size, optim.accumulation_steps
+    flag = f"(--{group}.global-batch-size)"
+    if run.min_workers is None and batch % (run.num_workers * accumulation):
+        yield (
+            f"{group}.global_batch_size={batch} can't be divided evenly by run.num_workers={run.num_workers} × "
+            f"{group}.accumulation_steps={accumulation}; use "
+            f"{_multiples_around(batch, run.num_workers * accumulation)} {flag}"
+        )
+    # An elastic run's workers share what they can't share evenly, but not within a micro-batch.
+    if run.min_workers is not None and batch % accumulation:
+        yield (
+            f"{group}.global_batch_size={batch} can't be divided evenly by {group}.accumulation_steps={accumulation}; "
+            f"use {_multiples_around(batch, accumulation)} {flag}"
+        )
+    elif run.min_workers is not None and batch // accumulation < run.num_workers:
+        yield (
+            f"{group}.global_batch_size={batch} is too small for run.num_workers={run.num_workers} × "
+            f"{group}.accumulation_steps={accumulation}; use {run.num_workers * accumulation} or more {flag}"
+        )
 
 
 def _multiples_around(value: int, divisor: int) -> str:

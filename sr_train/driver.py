@@ -4,8 +4,10 @@ is.
 
 import dataclasses
 import json
+import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +25,7 @@ from sr_train.options import ConfigError
 from sr_train.plan import Plan, PlanError, make_plan
 from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
-from sr_train.ray_cluster import cluster_facts, connect, pair_stream
+from sr_train.ray_cluster import cluster_facts, cluster_room, connect, pair_stream
 from sr_train.ray_workers import FitResult, TrainingFailedError, Workers
 from sr_train.run_facts import run_facts
 from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim
@@ -35,6 +37,11 @@ from sr_train.worker import SPOOL, Job
 USER_ERRORS = (ConfigError, PlanError, DataError, StorageError, ModelError, ckpt.CheckpointError, TrackingError,
                TrainingFailedError, UpscalerError)  # fmt: skip
 """What a person can mend: shown as a message, without a traceback."""
+
+
+_GRACE_S = 30.0
+_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What `ray job submit` sets in a driver's environment."""
 
 
 class Interrupted(BaseException):
@@ -131,14 +138,33 @@ def make_job(plan: Plan, *, tracking: RunHandle | None, owner: str, git_sha: str
 def _fit(plan: Plan, job: Job) -> FitResult:
     progress = Progress(total_steps=plan.config.optim.total_steps)
     progress.message("starting the workers: the first step takes half a minute to a minute")
+    hosts: list[str] = []
+
+    def show(message: Message) -> None:
+        _show(progress, plan, message, hosts)
+
     try:
         with Workers(plan.config.run) as workers:
-            return workers.fit(job, on_message=lambda message: _show(progress, plan, message))
+            try:
+                return workers.fit(job, on_message=show)
+            except Interrupted as interrupted:
+                progress.message(f"{interrupted}: the workers save a checkpoint; once more ends at once")
+                workers.stop(on_message=show, timeout_s=_grace_s())
+                raise
     finally:
         progress.close()
 
 
-def _show(progress: Progress, plan: Plan, message: Message) -> None:
+def _grace_s() -> float:
+    """How long a driver that was told to stop may wait for its workers' checkpoint."""
+    if _JOB_MARK not in os.environ:
+        return _GRACE_S
+    # `ray job stop` kills after that long; a second of it is for ending the MLflow run.
+    return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1)
+
+
+def _show(progress: Progress, plan: Plan, message: Message, hosts: list[str]) -> None:
+    """`hosts` of the workers, by rank, is kept from one message to the next."""
     kind, values = message
     if kind == "progress":
         progress.update(
@@ -159,10 +185,27 @@ def _show(progress: Progress, plan: Plan, message: Message) -> None:
             f"step {values['step']}: PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f}{lpips} "
             f"({values['psnr_db'] - values['bicubic_psnr_db']:+.2f} dB to bicubic, {values['protocol']}){best}"
         )
-    elif kind == "recovery":
-        progress.message(f"step {values['step']}: {values['message']}")
-    elif kind == "start" and values["checkpoint"] is not None:
-        progress.message(f"going on from step {values['step']} ({values['checkpoint']})")
+    elif kind in ("recovery", "trouble"):
+        when = f"step {values['step']}: " if values["step"] else ""
+        progress.message(f"{when}{values['message']}")
+    elif kind == "start":
+        is_first, hosts[:] = not hosts, values["hosts"]
+        workers = "1 worker" if len(hosts) == 1 else f"{len(hosts)} workers"
+        places = ", ".join(host if num == 1 else f"{host} ({num})" for host, num in Counter(hosts).items())
+        if values["checkpoint"] is not None:
+            origin = f"{values['checkpoint']}, {workers} on {places}"
+            progress.message(f"going on from step {values['step']} ({origin})")
+        elif not is_first or len(hosts) > 1:
+            progress.message(f"training begins with {workers} on {places}")
+    elif kind == "left":
+        progress.message(f"step {values['step']}: {values['message']}; saved, and going on where there is room")
+    elif kind == "lost":
+        ranks = ", ".join(f"{rank} on {hosts[rank]}" if rank < len(hosts) else f"{rank}" for rank in values["ranks"])
+        progress.message(f"lost: worker {ranks}: {values['message']}")
+    elif kind == "waiting":
+        needed = plan.config.run.fewest_workers
+        workers = "1 worker" if needed == 1 else f"{needed} workers"
+        progress.message(f"still waiting for {workers} to start: {cluster_room()}")
 
 
 def manifest_progress(done: int, total: int) -> None:

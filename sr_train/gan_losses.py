@@ -39,10 +39,10 @@ def relative_to_average(real_logits: Tensor, fake_logits: Tensor, collective: Co
 
     The sigmoids of these are ESRGAN's D_Ra(real, fake) and D_Ra(fake, real). The means are over all workers' logits, so
     that two workers see what one with all patches sees; when gradients are accumulated, over a micro-batch. All
-    workers must call it together, and those whose result is differentiated must do that together too. Each worker
-    must have equally many logits.
+    workers must call it together, and those whose result is differentiated must do that together too.
     """
-    real_mean, fake_mean = _mean_over_workers(stack([real_logits.mean(), fake_logits.mean()]), collective).unbind()
+    own_means = stack([real_logits.mean(), fake_logits.mean()])
+    real_mean, fake_mean = _mean_over_workers(own_means * collective.weight, collective).unbind()
     return real_logits - fake_mean, fake_logits - real_mean
 
 

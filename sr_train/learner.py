@@ -101,7 +101,7 @@ class PixelLearner:
         for index, (lr_NCHW, hr_NCHW) in enumerate(batches):
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self._parallel.without_exchange():
-                loss = self._loss(self._parallel(lr_NCHW), hr_NCHW) / len(batches)
+                loss = self._loss(self._parallel(lr_NCHW), hr_NCHW) * self._collective.weight / len(batches)
                 backward(loss)
             losses.append(loss.detach())
         norm = self._updater.step()

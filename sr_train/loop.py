@@ -4,6 +4,7 @@
         batches ← feed(step)                      a pure function of (seed, step): nothing to replay after a restart
         learner.step(batches, learning_rate(patches seen))
         about every second:  losses, read from the device in one go → do they collapse? → back to the last checkpoint
+                             is a worker told to leave? → checkpoint, and out
         every validation interval:  scores → is it the best? → early stop?
         every checkpoint interval and after each validation:  everything → one atomic file, written meanwhile
 
@@ -13,8 +14,9 @@ step; nothing in it waits for the device but reports, validations and checkpoint
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,6 +25,7 @@ from torch import nn
 from sr_data.batch_feed import BatchFeed
 from sr_data.errors import StorageError
 from sr_data.storage import Store
+from sr_data.storage_patience import Patience
 from sr_train import checkpoint as ckpt
 from sr_train.checkpoint_writer import CheckpointWriter, Written
 from sr_train.collective import Collective
@@ -30,8 +33,32 @@ from sr_train.learner import Learner, NonFiniteLossError
 from sr_train.options import OptimConfig, ScheduleConfig
 from sr_train.schedule import learning_rate_at
 
+Validate = Callable[[nn.Module, int], Mapping[str, float] | None]
+"""(network in eval mode, step) → the same values on every worker; None, on every worker, if one was told to leave
+before the validation's end.
+"""
+
 GoesOn = Callable[[Mapping[str, Any]], bool]
 """Asked with a validation's values and `step`, on rank 0: whether to train on."""
+
+
+Leave = Callable[[], str | None]
+"""Asked on every worker, at each report: why training should leave its workers now (someone stops it, a node will be
+taken away); None to go on.
+"""
+
+
+class Left(Exception):
+    """Training left its workers before the end, as one of them was told to; raised on all of them. A checkpoint holds
+    all of it.
+    """
+
+    def __init__(self, reason: str, step: int):
+        self.reason, self.step = reason, step
+        super().__init__(reason, step)
+
+    def __str__(self) -> str:
+        return f"left at step {self.step}: {self.reason}"
 
 
 class CheckpointWriteError(OSError):
@@ -53,6 +80,9 @@ class Observer(Protocol):
 
     def on_recovery(self, message: str, *, step: int) -> None:
         """Training collapsed and went back to an earlier checkpoint's weights."""
+
+    def on_trouble(self, message: str, step: int) -> None:
+        """Storage refuses the checkpoint of this step, or no longer does; called by another thread."""
 
 
 class Watchdog(Protocol):
@@ -76,6 +106,8 @@ class LoopPlan:
     keep_last: int
     early_stop_after: int | None
     early_stop_min_gain_db: float
+    checkpoint_patience_s: float = 0.0
+    """How long storage may refuse a checkpoint."""
     report_interval_s: float = 1.0
     best_by: Literal["psnr", "lpips", "newest"] = "psnr"
     """What makes a validated checkpoint the best, and counts as a gain for the early stop."""
@@ -107,6 +139,8 @@ class Position:
     validations_without_gain: int = 0
     good_step: int | None = None
     """Of the last validation that nothing was wrong with: its checkpoint is what a collapse goes back to."""
+    validation_pending: bool = False
+    """Whether the validation that was due at this step is still to come: training left before it had ended."""
 
     def to_meta(self) -> dict[str, Any]:
         return {
@@ -114,6 +148,7 @@ class Position:
             "best": dict(self.best) if self.best else None,
             "validations_without_gain": self.validations_without_gain,
             "good_step": self.good_step,
+            "validation_pending": self.validation_pending,
         }
 
     @classmethod
@@ -123,6 +158,7 @@ class Position:
             best=meta["best"],
             validations_without_gain=meta.get("validations_without_gain", 0),
             good_step=meta.get("good_step"),
+            validation_pending=meta.get("validation_pending", False),
         )
 
 
@@ -153,7 +189,7 @@ def train(
     *,
     learner: Learner,
     feed: BatchFeed,
-    validate: Callable[[nn.Module, int], Mapping[str, float]],
+    validate: Validate,
     store: Store,
     meta: Mapping[str, Any],
     position: Position,
@@ -161,18 +197,21 @@ def train(
     collective: Collective,
     watchdog: Watchdog | None = None,
     goes_on: GoesOn | None = None,
+    leave: Leave = lambda: None,
 ) -> Position:
     """Trains from `position` to the end of the budget (or an early stop) and returns where it ended.
 
-    `validate(network, step)` returns the same values on every worker. `meta` goes into each checkpoint beside the
-    position. `goes_on` is asked once a validated checkpoint is in storage; if it says no, all workers stop there.
-    Raises NonFiniteLossError, CheckpointWriteError, and whatever `feed`, `validate` and `watchdog` raise.
+    `meta` goes into each checkpoint beside the position. `goes_on` is asked once a validated checkpoint is in storage;
+    if it says no, all workers stop there. Raises Left, NonFiniteLossError, CheckpointWriteError, and whatever `feed`,
+    `validate` and `watchdog` raise.
     """
-    writer = CheckpointWriter(store, keep_last=plan.keep_last)
+    writer = CheckpointWriter(
+        store, keep_last=plan.keep_last, patience_s=plan.checkpoint_patience_s, on_trouble=observer.on_trouble
+    )
     try:
-        return _Run(plan, learner, feed, validate, store, writer, meta, observer, collective, watchdog, goes_on).train(
-            position
-        )
+        return _Run(
+            plan, learner, feed, validate, store, writer, meta, observer, collective, watchdog, goes_on, leave
+        ).train(position)
     finally:
         writer.close()
 
@@ -184,7 +223,7 @@ class _Run:
     plan: LoopPlan
     learner: Learner
     feed: BatchFeed
-    validate: Callable[[nn.Module, int], Mapping[str, float]]
+    validate: Validate
     store: Store
     writer: CheckpointWriter
     meta: Mapping[str, Any]
@@ -192,15 +231,19 @@ class _Run:
     collective: Collective
     watchdog: Watchdog | None
     goes_on: GoesOn | None
+    leave: Leave
 
     def train(self, position: Position) -> Position:
-        plan, optim = self.plan, self.plan.optim
-        if self.watchdog is not None and position.step == 0:
+        plan, optim, goes_on = self.plan, self.plan.optim, True
+        if position.validation_pending:
+            position, fault, leave, values = self._validated(position)
+            goes_on = self._settled(position, fault, leave, values)
+        elif self.watchdog is not None and position.step == 0:
             # What training is compared with, and goes back to, from the first step on.
-            position, _, _ = self._validated(position)
-            self._save(position)
+            position, _, leave, _ = self._validated(position)
+            self._settled(position, None, leave, None)
         window = _Window(interval_s=plan.report_interval_s)
-        while position.step < optim.total_steps and not _stops_early(plan, position):
+        while goes_on and position.step < optim.total_steps and not _stops_early(plan, position):
             learning_rate = learning_rate_at(
                 plan.schedule, patches_seen=plan.patches_at(position.step), total_patches=optim.total_patches
             )
@@ -218,25 +261,24 @@ class _Run:
             checkpoint_due = validation_due or plan.is_due(plan.checkpoint_interval_patches, step)
             if not checkpoint_due and window.steps < window.due_after:
                 continue
-            seconds, fault = self._report(window, step)
+            seconds, fault, leave = self._report(window, step)
+            values = None
             if validation_due and fault is None:
-                position, fault, values = self._validated(position)
+                if leave is None:
+                    position, fault, leave, values = self._validated(position)
+                else:
+                    position = replace(position, validation_pending=True)
             window = window.next(seconds)  # what training stands still for a checkpoint counts, a validation does not
-            if fault is not None:
-                self._recover(position, fault)
-                self._save(position)  # else a worker lost now would go back to the collapse
-            elif checkpoint_due:
-                self._save(position)
-                if validation_due and not self._asked(values, step):
-                    break
+            if checkpoint_due or fault is not None or leave is not None:
+                goes_on = self._settled(position, fault, leave, values)
         if position.best is None:  # the budget was cut to what a checkpoint without a validation had reached
-            position, _, _ = self._validated(position)
-            self._save(position)
+            position, _, leave, _ = self._validated(position)
+            self._settled(position, None, leave, None)
         self._finish_write()
         return position
 
-    def _report(self, window: _Window, step: int) -> tuple[float, str | None]:
-        """Tells how the window went: its seconds on rank 0, and what the watchdog finds wrong."""
+    def _report(self, window: _Window, step: int) -> tuple[float, str | None, str | None]:
+        """Tells how the window went: its seconds on rank 0, what the watchdog finds wrong, why to leave."""
         try:
             values = self.learner.report()
         except NonFiniteLossError as error:
@@ -244,7 +286,7 @@ class _Run:
                 raise NonFiniteLossError(
                     f"{error}; learning rate {window.learning_rates / window.steps:.3g}"
                 ) from error
-            return self.collective.first(time.perf_counter() - window.started_s), str(error)
+            return self.collective.first(time.perf_counter() - window.started_s), str(error), None
         seconds = max(time.perf_counter() - window.started_s, 1e-9)
         values |= {
             "learning_rate": window.learning_rates / window.steps,
@@ -254,7 +296,22 @@ class _Run:
         self.observer.on_steps(values, step=step, num_steps=window.steps, seconds=seconds)
         self._tell_written(self.writer.finished())
         fault = self.watchdog.judge(values, step=step) if self.watchdog is not None else None
-        return self.collective.first(seconds), fault
+        seconds_of_all, reasons = zip(*self.collective.gather((seconds, self.leave())), strict=True)
+        return seconds_of_all[0], fault, _first_reason(reasons)
+
+    def _settled(
+        self, position: Position, fault: str | None, leave: str | None, values: Mapping[str, float] | None
+    ) -> bool:
+        """Saves, after going back if something is wrong; whether training goes on after this validation's values, if
+        there was one. Raises Left if told to leave.
+        """
+        if fault is not None:
+            self._recover(position, fault)
+        self._save(position)  # also then, else a worker lost now would go back to the collapse
+        if leave is not None:
+            self._finish_write()
+            raise Left(leave, position.step)
+        return fault is not None or values is None or self._asked(values, position.step)
 
     def _asked(self, values: Mapping[str, float], step: int) -> bool:
         """Whether training goes on after a validation, on every worker."""
@@ -263,15 +320,20 @@ class _Run:
         self._finish_write()  # what is decided on must be there to go on from
         return self.collective.first(self.goes_on({**values, "step": step}) if self.collective.rank == 0 else True)
 
-    def _validated(self, position: Position) -> tuple[Position, str | None, Mapping[str, float]]:
+    def _validated(self, position: Position) -> tuple[Position, str | None, str | None, Mapping[str, float] | None]:
         """The position after a validation: whether this step is the best so far, and for how long none was better; what
-        the watchdog finds wrong, in which case the position is as it was; and the validation's values.
+        the watchdog finds wrong, in which case nothing else changes; why to leave, in which case the validation is
+        still to come; and the validation's values.
         """
         plan, network = self.plan, self.learner.inference_network()
         was_training = network.training
         network.eval()
-        values = dict(self.validate(network, position.step))
+        validated = self.validate(network, position.step)
         network.train(was_training)
+        if validated is None:
+            reason = _first_reason(self.collective.gather(self.leave()))
+            return replace(position, validation_pending=True), None, reason or "a worker was told to leave", None
+        values = dict(validated)
         fault = self.watchdog.judge(values, step=position.step) if self.watchdog is not None else None
         best = position.best
         gain = plan.score(values, position.step) - plan.score(best, best["step"]) if best is not None else math.inf
@@ -279,14 +341,14 @@ class _Run:
         gained = gain >= plan.early_stop_min_gain_db
         self.observer.on_validation(values, step=position.step, is_best=is_best)
         if fault is not None:
-            return position, fault, values
+            return replace(position, validation_pending=False), fault, None, values
         after = Position(
             step=position.step,
             best={"step": position.step, "key": ckpt.key_of_step(position.step), **values} if is_best else best,
             validations_without_gain=0 if gained else position.validations_without_gain + 1,
             good_step=position.step,
         )
-        return after, None, values
+        return after, None, None, values
 
     def _save(self, position: Position) -> None:
         """Rank 0 begins to write; all ranks learn whether the last write worked, so that they stop together if not."""
@@ -322,10 +384,16 @@ class _Run:
         assert position.good_step is not None, "with a watchdog, the first validation is before the first step"
         self._finish_write()
         key = ckpt.key_of_step(position.good_step)
-        saved = ckpt.read_checkpoint(self.store, key)
+        saved = Patience(seconds=self.plan.checkpoint_patience_s).spend(
+            partial(ckpt.read_checkpoint, self.store, key), on=f"the checkpoint {key} can't be read"
+        )
         did = self.watchdog.recover(saved.tensors, step=position.step, reason=fault)
         self.observer.on_recovery(f"{fault}: back to {key}, {did}", step=position.step)
 
 
 def _stops_early(plan: LoopPlan, position: Position) -> bool:
     return plan.early_stop_after is not None and position.validations_without_gain >= plan.early_stop_after
+
+
+def _first_reason(reasons: Sequence[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)

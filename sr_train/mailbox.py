@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = tuple[str, Mapping[str, Any]]
-"""("start" | "progress" | "validation" | "checkpoint" | "recovery" | "ask" | "end", values)"""
+"""(kind, values): "start", "progress", "validation", "checkpoint", "recovery", "trouble", "left", "ask" and "end" from
+the workers, "lost" from Ray Train.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +31,24 @@ class Mailbox:
         self._messages: list[Message] = []
         self._order: Order | None = None
         self._closed = False
+        self._stopping = False
         self._fatal: str | None = None
         self._answers: dict[int, bool] = {}
+        self._sender: str | None = None
 
     # The driver
 
     def place(self, order: Order) -> None:
         """The workers' next order; the one before has ended."""
-        self._order, self._fatal, self._answers, self._messages = order, None, {}, []
+        self._order, self._fatal, self._answers, self._messages, self._sender = order, None, {}, [], None
 
     def close(self) -> None:
         """There will be no further order."""
         self._closed = True
+
+    def stop(self) -> None:
+        """The workers are to save what they have, and leave."""
+        self._stopping = True
 
     def take(self) -> list[Message]:
         """The messages since the last call."""
@@ -57,10 +65,24 @@ class Mailbox:
         """The order that follows that number, if there is one already; and whether there can still come one."""
         return self._order if self._order is not None and self._order.number > number else None, not self._closed
 
-    def put(self, number: int, message: Message) -> None:
-        """About the order of that number; what comes late, when there is another one, is dropped."""
+    def is_stopping(self) -> bool:
+        return self._stopping
+
+    def begin(self, number: int, sender: str) -> None:
+        """From now on `sender` speaks for the workers of that order, and nobody else: those before may still live, cut
+        off with their node.
+        """
         if self._is_of(number):
+            self._sender = sender
+
+    def put(self, number: int, sender: str, message: Message) -> None:
+        """About the order of that number; what comes late, or from workers that others have replaced, is dropped."""
+        if self._is_of(number) and sender == self._sender:
             self._messages.append(message)
+
+    def put_event(self, message: Message) -> None:
+        """What Ray Train's controller has seen."""
+        self._messages.append(message)
 
     def answer_to(self, step: int) -> bool | None:
         """What the driver answered to the question of this step; None if it has not yet."""

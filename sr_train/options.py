@@ -287,6 +287,13 @@ class RunConfig:
     """URI below which the run keeps its checkpoints and results."""
     num_workers: int = 1
     """Training workers."""
+    min_workers: int | None = None
+    """Elastic: train with as many workers as the cluster has room for, between these and num_workers; shrink when a
+    node goes and grow when one comes. Always num_workers when not given."""
+    resize_interval_s: float = 60.0
+    """Elastic: seconds between two looks for room for more workers."""
+    wait_for_nodes: bool = False
+    """Start although the cluster has no room for the workers now: its autoscaler, or you, will add nodes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """What the workers train on; auto is cuda when the cluster has a GPU for each worker."""
     cpus_per_worker: float | None = None
@@ -301,7 +308,11 @@ class RunConfig:
     """Price of the machines per hour, for the plan's estimate."""
 
     def __post_init__(self) -> None:
-        require_positive(run__num_workers=self.num_workers)
+        require_positive(run__num_workers=self.num_workers, run__resize_interval_s=self.resize_interval_s)
+        require(
+            self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
+            f"--run.min-workers={self.min_workers} must lie between 1 and --run.num-workers={self.num_workers}",
+        )
         require_positive(run__gpus_per_worker=self.gpus_per_worker)
         require(
             self.gpus_per_worker == 1 or (self.gpus_per_worker < 1 and self.num_workers == 1),
@@ -318,3 +329,8 @@ class RunConfig:
             require_positive(run__cpus_per_worker=self.cpus_per_worker)
         if self.cost_per_hour is not None:
             require(self.cost_per_hour >= 0, f"--run.cost-per-hour={self.cost_per_hour} must be 0 or more")
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that the run can't do without."""
+        return self.num_workers if self.min_workers is None else self.min_workers

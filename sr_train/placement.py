@@ -28,35 +28,55 @@ class ClusterFacts:
 
 def place(run: RunConfig, cluster: ClusterFacts) -> RunConfig:
     """`run` with device, CPUs and threads set. ConfigError if the cluster can't hold its workers."""
+    needed, waits = run.fewest_workers, run.wait_for_nodes
     device = run.device
     if device == "auto":
-        device = "cuda" if cluster.num_gpus >= run.num_workers * run.gpus_per_worker else "cpu"
-    if device == "cuda" and cluster.num_gpus < run.num_workers * run.gpus_per_worker:
+        device = "cuda" if cluster.num_gpus >= needed * run.gpus_per_worker else "cpu"
+        if waits and not _has_room(dataclasses.replace(run, device=device), cluster, needed):
+            raise ConfigError(
+                "--run.wait-for-nodes: what will the nodes train on? The cluster does not show it yet: --run.device "
+                "cuda or cpu"
+            )
+    if device == "cuda" and cluster.num_gpus < needed * run.gpus_per_worker and not waits:
         raise ConfigError(
-            f"--run.device cuda: {run.num_workers} {_workers(run)} {_gpu(run)} each and the cluster has "
-            f"{cluster.num_gpus:g}: lower --run.num-workers, or train on CPUs with --run.device cpu"
+            f"--run.device cuda: {needed} {_workers(needed)} {_gpu(run)} each and the cluster has "
+            f"{cluster.num_gpus:g}: lower {_number_flag(run)}, train on CPUs with --run.device cpu, or, where nodes "
+            f"will be added, wait for them with --run.wait-for-nodes"
         )
+    run = dataclasses.replace(run, device=device)
     cpus = run.cpus_per_worker
     if cpus is None:
         # One CPU each if that leaves some for decoding, else an even share of what is left. Ray's CPUs are a
         # reservation, not a limit.
         spare = cluster.num_cpus - CPUS_FOR_DECODING
-        cpus = 1.0 if spare >= run.num_workers else int(spare / run.num_workers * 100) / 100
-    gpus = run.gpus_per_worker if device == "cuda" else None
-    capacities = tuple(num_fitting(cluster, cpus, gpus)) if cpus > 0 else ()
-    if sum(capacities) < run.num_workers or cpus * run.num_workers + CPUS_FOR_DECODING > cluster.num_cpus:
+        cpus = 1.0 if spare >= needed or waits else int(spare / needed * 100) / 100
+    if not waits and (cpus <= 0 or not _has_room(dataclasses.replace(run, cpus_per_worker=cpus), cluster, needed)):
         each = f" with {cpus:g} CPUs each" if run.cpus_per_worker else ""
         nodes = " + ".join(f"{cpus:g}" for cpus in cluster.cpus_per_node)
         raise ConfigError(
-            f"{run.num_workers} {_workers(run)} more{each}, beside {CPUS_FOR_DECODING} CPUs for decoding, than the "
-            f"cluster's nodes offer ({nodes} CPUs): lower --run.num-workers or --run.cpus-per-worker"
+            f"{needed} {_workers(needed)} more{each}, beside {CPUS_FOR_DECODING} CPUs for decoding, than the "
+            f"cluster's nodes offer ({nodes} CPUs): lower {_number_flag(run)} or --run.cpus-per-worker, or, where "
+            f"nodes will be added, wait for them with --run.wait-for-nodes"
         )
-    threads = run.threads_per_worker or max(1, _threads(cluster, capacities, run.num_workers))
-    return dataclasses.replace(run, device=device, cpus_per_worker=cpus, threads_per_worker=threads)
+    run = dataclasses.replace(run, cpus_per_worker=cpus)
+    threads = run.threads_per_worker or max(1, _threads(run, cluster))
+    return dataclasses.replace(run, threads_per_worker=threads)
+
+
+def _has_room(run: RunConfig, cluster: ClusterFacts, num_workers: int) -> bool:
+    """Whether the cluster can hold so many workers as `run` describes, now, and still decode images."""
+    cpus = run.cpus_per_worker or 1.0
+    capacity = sum(num_fitting(cluster, cpus, run.gpus_per_worker if run.device == "cuda" else None))
+    return capacity >= num_workers and cpus * num_workers + CPUS_FOR_DECODING <= cluster.num_cpus
 
 
 def placement_warnings(run: RunConfig, cluster: ClusterFacts) -> Iterator[str]:
     """What a person may not have meant; `run` is as `place` made it."""
+    if run.wait_for_nodes and not _has_room(run, cluster, run.fewest_workers):
+        yield (
+            f"the cluster has no room for {run.fewest_workers} workers now: training begins once nodes are added "
+            f"(--run.wait-for-nodes)"
+        )
     if run.device == "cpu" and 0 < cluster.num_gpus < run.num_workers:
         yield (
             f"training on CPUs, though the cluster has GPUs: {cluster.num_gpus:g}, for {run.num_workers} workers "
@@ -86,14 +106,23 @@ def _gpu(run: RunConfig) -> str:
     return "a GPU" if run.gpus_per_worker == 1 else f"{run.gpus_per_worker:g} of a GPU"
 
 
-def _threads(cluster: ClusterFacts, capacities: tuple[int, ...], num_workers: int) -> int:
+def _threads(run: RunConfig, cluster: ClusterFacts) -> int:
     """A node's CPUs shared among its workers, on the node where that is least, if they spread over all that can hold
     one.
     """
+    capacities = tuple(
+        num_fitting(cluster, run.cpus_per_worker or 1.0, run.gpus_per_worker if run.device == "cuda" else None)
+    )
     homes = [(int(cpus), fits) for cpus, fits in zip(cluster.cpus_per_node, capacities, strict=True) if fits]
-    even_share = -(-num_workers // len(homes))
+    if sum(capacities) < run.num_workers:  # on nodes that are still to come
+        return int(run.cpus_per_worker or 1.0)
+    even_share = -(-run.num_workers // len(homes))
     return min(cpus // min(fits, even_share) for cpus, fits in homes)
 
 
-def _workers(run: RunConfig) -> str:
-    return "worker needs" if run.num_workers == 1 else "workers need"
+def _workers(num_workers: int) -> str:
+    return "worker needs" if num_workers == 1 else "workers need"
+
+
+def _number_flag(run: RunConfig) -> str:
+    return "--run.num-workers" if run.min_workers is None else "--run.min-workers"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sr_data.errors import DataError, StorageError
 from sr_data.manifest import Manifest, load_manifest
-from sr_data.sampling import SamplePlan, slot_range
+from sr_data.sampling import SamplePlan, slot_range, worker_samples
 from sr_data.storage import Store, open_store
 from sr_models.errors import ModelError
 from sr_train import checkpoint as ckpt
@@ -79,8 +79,14 @@ class Plan:
         return step_mode(self.config.step, device_type=run.device, num_workers=run.num_workers)
 
     def shard_slots(self, rank: int) -> range:
-        batch = self.config.optim.global_batch_size // self.config.run.num_workers
-        return slot_range(self.samples, rank * batch, batch)
+        optim = self.config.optim
+        part = worker_samples(
+            optim.global_batch_size,
+            rank=rank,
+            num_workers=self.config.run.num_workers,
+            unit=optim.accumulation_steps,
+        )
+        return slot_range(self.samples, part.start, len(part))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,14 +43,16 @@ def _how(plan: Plan) -> list[tuple[str, str]]:
     # Weights, Adam's two moments and the moving average, twice while a checkpoint is written; gradients.
     copies = 2 * (4 if config.optim.ema_decay else 3) + 1
     weights = _bytes(num_parameters(config.model) * 4 * copies)
-    training = _bytes(largest_shard_bytes(plan.train, plan.samples, run.num_workers))
-    validation = _bytes(largest_validation_bytes(plan.validation, run.num_workers))
+    unit = config.optim.accumulation_steps
+    training = _bytes(largest_shard_bytes(plan.train, plan.samples, run.fewest_workers, unit=unit))
+    validation = _bytes(largest_validation_bytes(plan.validation, run.fewest_workers))
     offline = "" if plan.tracking_reachable else "; NOT REACHABLE, training goes on without it"
     memory = f"{training} of training images, {validation} of validation images, {weights} of weights, gradients and"
     cpus = f"{_count(run.cpus_per_worker or 1, 'CPU')} and {_count(run.threads_per_worker or 1, 'thread')}"
+    num_workers = f"{run.num_workers}" if run.min_workers is None else f"{run.min_workers} to {run.num_workers}"
     alias = "@challenger" if plan.assets.not_promotable is None else ""
     return [
-        ("workers", f"{run.num_workers} on {run.device}, each with {cpus}"),
+        ("workers", f"{num_workers} on {run.device}, each with {cpus}"),
         ("step", str(plan.step_mode)),
         ("feed", feed),
         ("memory", f"{memory} optimiser, per worker; activations not counted"),

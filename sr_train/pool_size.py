@@ -7,7 +7,7 @@ from typing import Any
 
 from sr_data.manifest import ImageRecord, Manifest
 from sr_data.patch_pool import images_ahead
-from sr_data.sampling import SamplePlan, slot_range
+from sr_data.sampling import SamplePlan, slot_range, worker_samples
 from sr_data.window import image_stream
 from sr_train.config import TrainConfig
 from sr_train.options import ConfigError
@@ -26,7 +26,11 @@ def choose_window(config: TrainConfig[Any], train: Manifest) -> tuple[TrainConfi
         budget = config.data.pool_gib * GIB
 
         def num_bytes(window_images: int) -> int:
-            return largest_shard_bytes(train, _samples(config, num_images, window_images), config.run.num_workers)
+            return largest_shard_bytes(
+                train, _samples(config, num_images, window_images), config.run.fewest_workers, unit=unit
+            )
+
+        unit = config.optim.accumulation_steps
 
         window = num_images
         if num_bytes(num_images) > budget:
@@ -42,10 +46,13 @@ def choose_window(config: TrainConfig[Any], train: Manifest) -> tuple[TrainConfi
     return config, _samples(config, num_images, window)
 
 
-def largest_shard_bytes(train: Manifest, samples: SamplePlan, num_workers: int) -> int:
-    """Bytes of decoded images in the fullest worker's `PatchPool`."""
-    batch = samples.global_batch_size // num_workers
-    shards = [slot_range(samples, rank * batch, batch) for rank in range(num_workers)]
+def largest_shard_bytes(train: Manifest, samples: SamplePlan, num_workers: int, *, unit: int = 1) -> int:
+    """Bytes of decoded images in the fullest worker's `PatchPool`; `unit` as for `worker_samples`."""
+    parts = [
+        worker_samples(samples.global_batch_size, rank=rank, num_workers=num_workers, unit=unit)
+        for rank in range(num_workers)
+    ]
+    shards = [slot_range(samples, part.start, len(part)) for part in parts]
     sizes = [_pair_bytes(record, samples.scale) for record in train.images]
     if samples.is_windowed:  # any image can come to any place
         return max((len(slots) + images_ahead(samples, len(slots))) * max(sizes) for slots in shards)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair
@@ -42,6 +43,8 @@ def set_defaults() -> None:
     # How soon the end of training, or the loss of a worker, is seen; and no second copy of what a worker prints.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # How soon workers learn that their node will be taken away.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     # DDP's advice not to look for unused parameters; why it does is said in sr_train/learner.py.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # On a machine with other work, idle threads that spin cost half the speed (measured: 37 s against 14 to 20 s).
@@ -56,6 +59,9 @@ def connect() -> None:
     if ray.is_initialized():
         return
     _check_address()
+    # A cluster that starts here is for this machine alone: it listens on loopback, as Ray does by default on macOS, and
+    # not on all addresses. A driver that joins a cluster has the address that the node has.
+    ray_constants.ENABLE_RAY_CLUSTER = False
     # Ray Train's clean-up actor asks the dashboard's State API whether the run's controller lives. Without a dashboard
     # it can't know; and where several clusters run on a machine it may ask another one's, be told "no such actor", and
     # take a live run's workers away (both seen). So a cluster that starts here gets a dashboard, and its processes
@@ -112,3 +118,12 @@ def cluster_facts() -> ClusterFacts:
         cpus_per_node=tuple(float(resources.get("CPU", 0)) for resources in alive),
         gpus_per_node=tuple(float(resources.get("GPU", 0)) for resources in alive),
     )
+
+
+def cluster_room() -> str:
+    """What the cluster has, and what of it is free, for a person to read."""
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    whole = cluster_facts()
+    cpus = f"{free.get('CPU', 0):g} of {whole.num_cpus:g} CPUs"
+    gpus = f"{free.get('GPU', 0):g} of {whole.num_gpus:g} GPUs"
+    return f"{cpus} and {gpus} are free on {len(whole.cpus_per_node)} nodes"

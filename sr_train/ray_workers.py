@@ -9,8 +9,10 @@ don't start it each time: that takes longer than training a small trial (docs/de
 import errno
 import gc
 import logging
+import math
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -29,14 +31,22 @@ from sr_data.errors import DataError, StorageError
 from sr_train.checkpoint import CheckpointError
 from sr_train.gan_watchdog import CollapseError
 from sr_train.learner import NonFiniteLossError
-from sr_train.loop import CheckpointWriteError, Position
+from sr_train.loop import CheckpointWriteError, Left, Position
 from sr_train.mailbox import Mailbox, Message, Order
 from sr_train.metrics import MetricError
 from sr_train.options import RunConfig as TrainRunConfig
+from sr_train.ray_events import WorkerEvents
+from sr_train.ray_notices import STOPPED, LeavingTorchConfig, notices
 from sr_train.worker import Job, run_worker
+
+# Ray's stubs are those of the first version of Ray Train.
+_ScalingConfig: Any = ScalingConfig
+_RunConfig: Any = RunConfig
 
 POLL_INTERVAL_S = 0.1
 """How often either side looks into the mailbox while it waits."""
+_STILL_WAITING_S = 60.0
+"""How often the driver hears that its workers have not begun to train."""
 
 
 class TrainingFailedError(RuntimeError):
@@ -88,13 +98,13 @@ class Workers:
     ) -> FitResult:
         """Trains until the budget ends. The workers are started where there are none.
 
-        `on_message` is called with what rank 0 sends: ("progress" | "validation" | "checkpoint" | "recovery" | "start",
-        values). `goes_on` is asked after each validation, with its values, while the workers wait: whether to train on.
-        Raises TrainingFailedError.
+        `on_message` is called with what `sr_train.mailbox.Message` lists, and every minute in which no workers train
+        with ("waiting", {}). `goes_on` is asked after each validation, with its values, while the workers wait: whether
+        to train on. Raises TrainingFailedError.
         """
         self._num_orders += 1
         order = Order(self._num_orders, {"job": job, "asks": goes_on is not None})
-        starts = 0
+        starts = failures = 0
         while True:
             if self._group is not None and not self._group.is_alive():  # it used up its failures in earlier jobs
                 self.close(wait=False)
@@ -113,12 +123,26 @@ class Workers:
                     return _result(values, num_restarts=max(0, starts - 1))
                 else:
                     starts += kind == "start"
+                    failures += kind == "lost"
                     on_message((kind, values))
-            # Ray Train gave up. Its failures are counted over all of the group's jobs, ours over this one.
+            # Ray Train gave up. It counts failures over all of the group's jobs, and workers that left as they were
+            # told to; here are counted those of this job that failed.
             reason = group.failure()
             self.close(wait=False)
-            if group.is_fatal or starts == starts_before or starts > self._run.max_failures:
+            if group.is_fatal or starts == starts_before or failures > self._run.max_failures:
                 raise TrainingFailedError(reason)
+
+    def stop(self, *, on_message: Callable[[Message], None], timeout_s: float) -> None:
+        """Asks the workers of a `fit` that was interrupted to save a checkpoint and leave; waits until they have."""
+        if self._group is None:
+            return
+        deadline_s = time.monotonic() + timeout_s
+        self._group.stop()
+        for kind, values in self._group.messages(until_s=deadline_s):
+            if kind == "end":
+                return
+            if kind not in ("ask", "waiting"):
+                on_message((kind, values))
 
 
 def _result(values: Mapping[str, Any], *, num_restarts: int) -> FitResult:
@@ -157,13 +181,22 @@ class _Group:
     def answer(self, step: int, goes_on: bool) -> None:
         self._mailbox.answer.remote(step, goes_on)
 
-    def messages(self) -> Iterator[Message]:
-        """What the workers send, for as long as Ray Train runs."""
-        alive = True
-        while alive:
+    def stop(self) -> None:
+        self._mailbox.stop.remote()
+
+    def messages(self, *, until_s: float = math.inf) -> Iterator[Message]:
+        """What the workers send, for as long as Ray Train runs, or until that time of time.monotonic()."""
+        alive, idle_since_s = True, time.monotonic()
+        while alive and time.monotonic() < until_s:
             self._thread.join(POLL_INTERVAL_S)
             alive = self._thread.is_alive()
-            yield from ray.get(self._mailbox.take.remote())
+            for kind, values in ray.get(self._mailbox.take.remote()):
+                # A long validation is silent too, so only what precedes a start counts as waiting.
+                idle_since_s = time.monotonic() if kind in ("lost", "left") else math.inf
+                yield kind, values
+            if time.monotonic() - idle_since_s > _STILL_WAITING_S:
+                idle_since_s = time.monotonic()
+                yield "waiting", {}
 
     def failure(self) -> str:
         """Why Ray Train ended."""
@@ -189,16 +222,19 @@ def _trainer(run: TrainRunConfig, mailbox: Any, ray_state: str) -> TorchTrainer:
     return TorchTrainer(
         _ray_worker,
         train_loop_config={"mailbox": mailbox},
-        scaling_config=ScalingConfig(
-            num_workers=run.num_workers,
+        torch_config=LeavingTorchConfig(),
+        scaling_config=_ScalingConfig(
+            num_workers=run.num_workers if run.min_workers is None else (run.min_workers, run.num_workers),
+            elastic_resize_monitor_interval_s=run.resize_interval_s,
             use_gpu=run.device == "cuda",
             resources_per_worker={"CPU": run.cpus_per_worker or 1} | gpus,
         ),
-        run_config=RunConfig(
+        run_config=_RunConfig(
             name=run.name,
             storage_path=ray_state,
             failure_config=FailureConfig(max_failures=run.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Ray's stubs are those of V1
+            callbacks=[WorkerEvents(mailbox)],
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
 
@@ -231,10 +267,13 @@ def _ray_worker(config: dict[str, Any]) -> None:
 def _carry_out(order: Order, mailbox: Any) -> None:
     """`run_worker` between Ray's process group and the mailbox."""
     is_first = ray.train.get_context().get_world_rank() == 0
+    sender = uuid.uuid4().hex
+    if is_first:
+        mailbox.begin.remote(order.number, sender)
 
     def send(kind: str, values: Mapping[str, Any]) -> None:
         if is_first:
-            mailbox.put.remote(order.number, (kind, values))
+            mailbox.put.remote(order.number, sender, (kind, values))
 
     def goes_on(values: Mapping[str, Any]) -> bool:
         send("ask", values)
@@ -246,12 +285,19 @@ def _carry_out(order: Order, mailbox: Any) -> None:
     if given_up is not None:  # Ray Train starts every failed worker again; this error would only come back
         return send("end", {"error": given_up})
     try:
-        position, measures = run_worker(
-            order.payload["job"],
-            device=ray.train.torch.get_device(),
-            send=send,
-            goes_on=goes_on if order.payload["asks"] else None,
-        )
+        with notices(mailbox, is_first=is_first) as leave:
+            position, measures = run_worker(
+                order.payload["job"],
+                device=ray.train.torch.get_device(),
+                send=send,
+                goes_on=goes_on if order.payload["asks"] else None,
+                leave=leave,
+            )
+    except Left as left:
+        if left.reason == STOPPED:
+            return send("end", {"error": str(left)})
+        send("left", {"step": left.step, "message": left.reason})
+        raise  # and Ray Train starts all workers again, where there is room that stays
     except (
         NonFiniteLossError,
         CollapseError,

@@ -34,16 +34,31 @@ def claim(run: Store) -> str:
     return owner
 
 
+START_KEY = "start.txt"
+"""Names the group of workers that trains: the last one that its driver has started."""
+
+
+def claim_start(run: Store, owner: str) -> str:
+    """Takes a driver's run for the workers that begin now, from those that began before: a node that was cut off comes
+    back with workers that others have replaced. Returns the claim that `OwnedStore` checks.
+    """
+    _check_claim(run, OWNER_KEY, owner)
+    start = uuid.uuid4().hex
+    run.write(START_KEY, start.encode())
+    return start
+
+
 @dataclass(frozen=True, slots=True)
 class OwnedStore(Store):
-    """The checkpoints of a run that is this driver's: once another driver has claimed it, nothing is written or
-    deleted.
+    """The checkpoints of a run that is this driver's and these workers': once others have claimed it, nothing is
+    written or deleted.
 
-    Two drivers on one run (a job submitted again while it still runs) would delete each other's best checkpoint.
+    Two on one run (a job submitted again while it still runs) would delete each other's best checkpoint.
     """
 
     run: Store
     owner: str
+    start: str
 
     def write(self, key: str, data: bytes) -> None:
         self._check()
@@ -54,5 +69,11 @@ class OwnedStore(Store):
         Store.delete(self, key)
 
     def _check(self) -> None:
-        if self.run.read_text(OWNER_KEY) != self.owner:
-            raise StorageError(f"{self.run.uri}: another driver has taken this run over, so this one stops")
+        _check_claim(self.run, OWNER_KEY, self.owner)
+        _check_claim(self.run, START_KEY, self.start)
+
+
+def _check_claim(run: Store, key: str, claim: str) -> None:
+    if run.read_text(key) != claim:
+        others = "another driver has" if key == OWNER_KEY else "workers that started later have"
+        raise StorageError(f"{run.uri}: {others} taken this run over, so this one stops")

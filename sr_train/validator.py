@@ -72,14 +72,16 @@ class Validator:
         lpips: LpipsMetric | None = None,
         reference: tuple[str, nn.Module] | None = None,
         title: str = "SR",
+        leave: Callable[[], str | None] = lambda: None,
     ):
         """`load` decodes this worker's part of the manifest; it begins in a thread now, while training starts.
+        `leave` is asked after each image: why a validation should be given up, None to go on.
         `reference` is another network, with its title, that the pictures show beside the one in training (`title`).
         """
         self._manifest, self._config, self._collective = manifest, config, collective
         self._num_pictures = num_pictures if collective.rank == 0 else 0
         self._load, self._on_picture = load, on_picture
-        self._lpips, self._reference, self._title = lpips, reference, title
+        self._lpips, self._reference, self._title, self._leave = lpips, reference, title, leave
         self._reference_images: list[np.ndarray] = []
         self._closing = threading.Event()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="validation-images")
@@ -88,9 +90,10 @@ class Validator:
         self._pictures: Future[None] | None = None
         self._bicubic: SetScore | None = None
 
-    def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
+    def __call__(self, network: nn.Module, step: int) -> Mapping[str, float] | None:
         """psnr_db and ssim (and lpips, if asked for) of the network (in eval mode) and of bicubic, the same on every
-        worker; pictures of the first images follow while training goes on.
+        worker; pictures of the first images follow while training goes on. None, on every worker, if one of them was
+        told to leave meanwhile.
 
         Whatever `load` or the pictures of the validation before raised is raised here.
         """
@@ -109,6 +112,10 @@ class Validator:
                 distances.append(self._lpips.to(device).distance(sr_HWC, on_device.hr_HWC))
             if len(shown) < self._num_pictures:
                 shown.append(sr_HWC)
+            if self._leave() is not None:
+                break
+        if any(self._collective.gather(self._leave() is not None)):
+            return None
         score = self._gather(read_scores(measured))
         if shown:
             if self._pictures is not None:  # so that they can't pile up

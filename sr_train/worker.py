@@ -3,8 +3,10 @@ Ray.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Literal
@@ -15,8 +17,9 @@ from sr_data.batch_feed import BatchFeed
 from sr_data.manifest import ImageRecord, Manifest
 from sr_data.pairs import DecodedPair
 from sr_data.patch_pool import FeedError, PatchPool
-from sr_data.sampling import SamplePlan
+from sr_data.sampling import SamplePlan, worker_samples
 from sr_data.storage import open_store
+from sr_data.storage_patience import Patience, warn
 from sr_models.architectures import architecture_name, build_model
 from sr_models.architectures import config_to_dict as model_config_to_dict
 from sr_models.cost import latency_s
@@ -24,10 +27,10 @@ from sr_models.network import SRNetwork
 from sr_train import checkpoint as ckpt
 from sr_train.collective import Collective
 from sr_train.config import TrainConfig, config_to_dict
-from sr_train.loop import GoesOn, LoopPlan, Position, train
+from sr_train.loop import GoesOn, Leave, LoopPlan, Position, train
 from sr_train.method import Assets
 from sr_train.methods import method_of
-from sr_train.run_folder import OwnedStore, checkpoint_store
+from sr_train.run_folder import OwnedStore, checkpoint_store, claim_start
 from sr_train.run_observer import RunObserver, Send
 from sr_train.step_mode import step_mode
 from sr_train.tracking import RunHandle, Tracker
@@ -66,16 +69,19 @@ class Job:
 
 
 def run_worker(
-    job: Job, *, device: torch.device, send: Send, goes_on: GoesOn | None = None
+    job: Job, *, device: torch.device, send: Send, goes_on: GoesOn | None = None, leave: Leave = lambda: None
 ) -> tuple[Position, dict[str, float]]:
     """Goes on from the run's newest checkpoint, or begins, and trains to the end. Returns where it ended, and what it
-    cost.
+    cost. Raises `Left`, and whatever training raises.
 
-    `send` tells the driver something, and does nothing but on rank 0. `goes_on` as for `sr_train.loop.train`; with
-    `job.measures_latency` it is asked before the first step too, with `latency_s`.
+    `send` tells the driver something, and does nothing but on rank 0. `goes_on` and `leave` as for
+    `sr_train.loop.train`; with `job.measures_latency` it is asked before the first step too, with `latency_s`.
     """
     config = job.config
     collective = Collective.of_process_group()
+    batch = config.optim.global_batch_size
+    weight = len(_samples_of(job, collective)) * collective.world_size / batch
+    collective = replace(collective, weight=weight)
     if device.type == "cpu":
         torch.set_num_threads(config.run.threads_per_worker or 1)
     else:
@@ -83,15 +89,19 @@ def run_worker(
     mode = step_mode(config.step, device_type=device.type, num_workers=collective.world_size)
     parts = method_of(config).build(config, _initial_network(job), job.assets, device, mode, collective)
     learner = parts.learner
-    store = OwnedStore(checkpoint_store(job.run_uri).uri, open_store(job.run_uri), job.owner)
-    key = collective.first(ckpt.newest_whole(store) if collective.rank == 0 else None)
+    run = open_store(job.run_uri)
+    patience, absent = _patience(config, send, collective), "the run's folder can't be used"
+    start = patience.spend(partial(claim_start, run, job.owner), on=absent) if collective.rank == 0 else ""
+    store = OwnedStore(checkpoint_store(job.run_uri).uri, run, job.owner, start)
+    newest = partial(patience.spend, partial(ckpt.newest_whole, store), on=absent)
+    key = collective.first(newest() if collective.rank == 0 else None)
     position = Position()
     if key is not None:
-        saved = ckpt.read_checkpoint(store, key)
+        saved = patience.spend(partial(ckpt.read_checkpoint, store, key), on=f"the checkpoint {key} can't be read")
         learner.load_state(saved.tensors)
         position = Position.from_meta(saved.meta)
-    pids = collective.gather(os.getpid())
-    send("start", {"step": position.step, "checkpoint": key, "device": str(device), "pids": pids})
+    hosts, pids = zip(*collective.gather((socket.gethostname(), os.getpid())), strict=True)
+    send("start", {"step": position.step, "checkpoint": key, "device": str(device), "pids": pids, "hosts": hosts})
 
     if job.measures_latency and not _latency_told(job, position, device, goes_on, collective):
         return position, {}
@@ -107,7 +117,7 @@ def run_worker(
         script_started_s=job.script_started_s,
     )
     pool = _pool(job, position.step, device, collective)
-    validator = _validator(job, observer, collective)
+    validator = _validator(job, observer, collective, leave)
     try:
         if position.step == 0 and tracker is not None:
             observer.on_first_batch(*pool.batch(0, 0, config.optim.accumulation_steps))
@@ -129,6 +139,7 @@ def run_worker(
             collective=collective,
             watchdog=parts.watchdog,
             goes_on=goes_on,
+            leave=leave,
         )
     except FeedError as error:
         raise (error.__cause__ or error) from None
@@ -137,6 +148,18 @@ def run_worker(
         validator.close()
         undelivered = tracker.close() if tracker is not None else 0
     return position, observer.measures() | {"undelivered_tracking_items": float(undelivered)}
+
+
+def _patience(config: TrainConfig[Any], send: Send, collective: Collective) -> Patience:
+    """With storage at the start: else workers that come back while storage is away would fail once more."""
+
+    def say(message: str) -> None:
+        if collective.rank == 0:
+            send("trouble", {"message": message, "step": 0})
+        else:
+            warn(message)
+
+    return Patience(seconds=config.checkpoint.patience_s, say=say)
 
 
 def _latency_told(
@@ -156,14 +179,24 @@ def _initial_network(job: Job) -> SRNetwork:
     return network
 
 
+def _samples_of(job: Job, collective: Collective) -> range:
+    """Which samples of each batch this worker trains on."""
+    return worker_samples(
+        job.config.optim.global_batch_size,
+        rank=collective.rank,
+        num_workers=collective.world_size,
+        unit=job.config.optim.accumulation_steps,
+    )
+
+
 def _pool(job: Job, start_step: int, device: torch.device, collective: Collective) -> PatchPool:
     """This worker's part of the training images, filling itself in the background."""
-    batch_per_worker = job.config.optim.global_batch_size // collective.world_size
+    part = _samples_of(job, collective)
     pool = PatchPool(
         job.samples,
         [(record.height, record.width) for record in job.train.images],
-        first_sample=collective.rank * batch_per_worker,
-        num_samples=batch_per_worker,
+        first_sample=part.start,
+        num_samples=len(part),
         start_step=start_step,
         device=device,
         placement=job.config.data.placement,
@@ -173,7 +206,7 @@ def _pool(job: Job, start_step: int, device: torch.device, collective: Collectiv
     return pool
 
 
-def _validator(job: Job, observer: RunObserver, collective: Collective) -> Validator:
+def _validator(job: Job, observer: RunObserver, collective: Collective, leave: Leave) -> Validator:
     def load(manifest: Manifest) -> Iterator[DecodedPair]:
         by_name = sorted(manifest.images, key=lambda record: record.name)
         return job.stream_pairs(manifest.uri, by_name[collective.rank :: collective.world_size], manifest.scale)
@@ -188,6 +221,7 @@ def _validator(job: Job, observer: RunObserver, collective: Collective) -> Valid
         lpips=job.assets.lpips,
         title=job.assets.title,
         reference=_reference_network(job) if collective.rank == 0 else None,
+        leave=leave,
     )
 
 
@@ -208,6 +242,7 @@ def loop_plan(config: TrainConfig[Any], best_by: Literal["psnr", "lpips", "newes
         validation_interval_patches=config.validation.interval_patches,
         checkpoint_interval_patches=config.checkpoint.interval_patches,
         keep_last=config.checkpoint.keep_last,
+        checkpoint_patience_s=config.checkpoint.patience_s,
         early_stop_after=config.validation.early_stop_after,
         early_stop_min_gain_db=config.validation.early_stop_min_gain_db,
         best_by=best_by,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sr_data.errors import StorageError
-from sr_data.storage import open_store
+from sr_data.storage import Store, open_store
 from sr_models.architectures import build_model, config_to_dict
 from sr_models.edsr import EDSRConfig
 from sr_train.checkpoint import (
@@ -21,7 +21,7 @@ from sr_train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from sr_train.run_folder import OwnedStore, claim
+from sr_train.run_folder import OwnedStore, claim, claim_start
 
 TINY = EDSRConfig(scale=3, num_blocks=1, num_channels=4, residual_scaling=0.1)
 
@@ -109,11 +109,37 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_run(tmp_path: Path)
 
 def test_a_driver_whose_run_was_taken_over_changes_nothing_in_it(any_store: str) -> None:
     run = open_store(any_store)
-    first = OwnedStore(f"{run.uri}/checkpoints", run, claim(run))
+    first = owned(run, claim(run))
     key = write_checkpoint(first, checkpoint(1))
-    second = OwnedStore(first.uri, run, claim(run))
+    second = owned(run, claim(run))
     for change in (lambda: write_checkpoint(first, checkpoint(2)), lambda: first.delete(key)):
         with pytest.raises(StorageError, match="another driver has taken this run over"):
             change()
     write_checkpoint(second, checkpoint(3))
     assert list_keys(second) == [key, key_of_step(3)]
+
+
+def test_workers_that_others_have_replaced_change_nothing(any_store: str) -> None:
+    """Those of a node that was cut off, and comes back."""
+    run = open_store(any_store)
+    owner = claim(run)
+    before, after = owned(run, owner), owned(run, owner)
+    key = write_checkpoint(after, checkpoint(2))
+    for change in (lambda: write_checkpoint(before, checkpoint(1)), lambda: before.delete(key)):
+        with pytest.raises(StorageError, match="workers that started later have taken this run over"):
+            change()
+    assert list_keys(after) == [key]
+
+
+def test_workers_of_a_driver_that_lost_the_run_cannot_begin(any_store: str) -> None:
+    run = open_store(any_store)
+    first, second = claim(run), claim(run)
+    theirs = owned(run, second)
+    with pytest.raises(StorageError, match="another driver has taken this run over"):
+        claim_start(run, first)
+    write_checkpoint(theirs, checkpoint(1))  # and took nothing from those of the second
+
+
+def owned(run: Store, owner: str) -> OwnedStore:
+    """The run's checkpoints, for workers that begin now."""
+    return OwnedStore(f"{run.uri}/checkpoints", run, owner, claim_start(run, owner))

@@ -20,7 +20,7 @@ from sr_models.edsr import EDSRConfig
 from sr_train import checkpoint as ckpt
 from sr_train.collective import Collective
 from sr_train.learner import NonFiniteLossError, PixelLearner
-from sr_train.loop import CheckpointWriteError, GoesOn, LoopPlan, Position, train
+from sr_train.loop import CheckpointWriteError, GoesOn, Leave, Left, LoopPlan, Position, train
 from sr_train.options import OptimConfig, ScheduleConfig
 from sr_train.schedule import learning_rate_at
 from sr_train.step_mode import REFERENCE
@@ -63,6 +63,9 @@ class Recorder:
     def on_recovery(self, message: str, *, step: int) -> None:
         self.recoveries.append((step, message))
 
+    def on_trouble(self, message: str, step: int) -> None:
+        raise AssertionError(message)
+
 
 class Scores:
     """A validation whose PSNR is given, per call."""
@@ -73,6 +76,31 @@ class Scores:
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
         assert not network.training
         return {"psnr_db": next(self._values, 0.0)}
+
+
+class TellsToLeave:
+    """A function for `leave` that says so from its `at`-th call on."""
+
+    def __init__(self, at: int):
+        self._at, self._calls = at, 0
+
+    def __call__(self) -> str | None:
+        self._calls += 1
+        return "the node goes" if self._calls >= self._at else None
+
+
+class InterruptedScores(Scores):
+    """A validation that is given up the first time, as a worker was told to leave meanwhile."""
+
+    def __init__(self, *psnr_db: float):
+        super().__init__(*psnr_db)
+        self.told = False
+
+    def __call__(self, network: nn.Module, step: int) -> Mapping[str, float] | None:  # type: ignore[override]
+        if not self.told:
+            self.told = True
+            return None
+        return super().__call__(network, step)
 
 
 def loop_plan(*, total_steps: int, interval_steps: int = 100, **changes: object) -> LoopPlan:
@@ -122,8 +150,10 @@ def run(
     source: object = None,
     goes_on: GoesOn | None = None,
     collective: Collective | None = None,
+    leave: Leave = lambda: None,
+    recorder: Recorder | None = None,
 ) -> tuple[Position, PixelLearner, Recorder]:
-    learner, recorder = learner or new_learner(plan.optim), Recorder()
+    learner, recorder = learner or new_learner(plan.optim), recorder or Recorder()
     meta = {"architecture": architecture_name(TINY), "model_config": config_to_dict(TINY)}
     ended = train(
         plan,
@@ -142,6 +172,7 @@ def run(
         collective=collective or Collective(),
         watchdog=watchdog,
         goes_on=goes_on,
+        leave=leave,
     )
     return ended, learner, recorder
 
@@ -433,3 +464,56 @@ def test_only_rank_0_asks_and_a_no_ends_all_workers_at_that_step(tmp_path: Path)
         ended = list(workers.map(work, range(2)))
     assert [position.step for position in ended] == [4, 4]
     assert [it["step"] for it in asked[0].values] == [2, 4] and asked[1].values == []
+
+
+def resumed(store: Store, optim: OptimConfig) -> tuple[Position, PixelLearner]:
+    """What a worker that begins now finds."""
+    key = ckpt.latest_key(store)
+    assert key is not None
+    saved = ckpt.read_checkpoint(store, key)
+    learner = new_learner(optim)
+    learner.load_state(saved.tensors)
+    return Position.from_meta(saved.meta), learner
+
+
+def test_told_to_leave_it_saves_that_very_step_and_goes_on_from_there_bit_for_bit(tmp_path: Path) -> None:
+    plan = loop_plan(total_steps=12, report_interval_s=0.0)  # a report at every step
+    _, undisturbed, _ = run(plan, open_store(str(tmp_path / "undisturbed")))
+    store = open_store(str(tmp_path / "left"))
+    with pytest.raises(Left, match="left at step 7: the node goes") as left:
+        run(plan, store, leave=TellsToLeave(at=7))
+    position, learner = resumed(store, plan.optim)
+    assert (position.step, left.value.step) == (7, 7)
+    ended, learner, _ = run(plan, store, position=position, learner=learner)
+    assert ended.step == 12
+    got = flat(learner)
+    assert [name for name, value in flat(undisturbed).items() if not torch.equal(value, got[name])] == []
+
+
+@pytest.mark.parametrize("when", ["as the validation is due", "during the validation"])
+def test_a_validation_that_leaving_prevented_is_made_up_for(tmp_path: Path, when: str) -> None:
+    plan, store = loop_plan(total_steps=12, interval_steps=6, report_interval_s=0.0), open_store(str(tmp_path))
+    before, after = Recorder(), Recorder()
+    during = when == "during the validation"
+    scores = InterruptedScores() if during else Scores(31.0)
+    with pytest.raises(Left, match="left at step 6"):
+        run(plan, store, leave=TellsToLeave(at=99 if during else 6), validate=scores, recorder=before)
+    position, learner = resumed(store, plan.optim)
+    assert position.step == 6 and before.validations == []
+    ended, *_ = run(plan, store, position=position, learner=learner, validate=Scores(31.0, 30.0), recorder=after)
+    assert after.validations == [(6, True), (12, False)]
+    assert ended.best is not None and ended.best["step"] == 6
+    # What is registered is that checkpoint's weights: it must know that it is the best.
+    assert ckpt.read_checkpoint(store, ended.best["key"]).meta["best"]["psnr_db"] == 31.0
+
+
+def test_it_leaves_only_after_the_checkpoint_is_in_storage(tmp_path: Path) -> None:
+    """A refused write is an error even then: nobody is told that all is saved."""
+
+    class FullDisk(Store):
+        def write(self, key: str, data: bytes) -> None:
+            raise StorageError(errno.ENOSPC, "the disk is full")
+
+    store = FullDisk(str(tmp_path))
+    with pytest.raises(CheckpointWriteError):
+        run(loop_plan(total_steps=12, report_interval_s=0.0), store, leave=TellsToLeave(at=3))

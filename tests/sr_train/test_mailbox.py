@@ -24,10 +24,21 @@ def test_after_its_end_there_is_no_further_order_but_the_one_that_is_not_finishe
 def test_messages_are_taken_once_in_the_order_in_which_they_were_sent() -> None:
     mailbox = Mailbox()
     mailbox.place(Order(1, "job"))
+    mailbox.begin(1, "workers")
     sent = [("start", {"step": 0}), ("progress", {"step": 1}), ("end", {})]
     for message in sent:
-        mailbox.put(1, message)
+        mailbox.put(1, "workers", message)
     assert (mailbox.take(), mailbox.take()) == (sent, [])
+
+
+def test_workers_that_others_have_replaced_are_not_heard_any_more() -> None:
+    mailbox = Mailbox()
+    mailbox.place(Order(1, "job"))
+    mailbox.begin(1, "cut off")
+    mailbox.begin(1, "in their place")
+    mailbox.put(1, "cut off", ("end", {"error": "another driver has taken this run over"}))
+    mailbox.put(1, "in their place", ("start", {"step": 0}))
+    assert mailbox.take() == [("start", {"step": 0})]
 
 
 def test_a_question_has_no_answer_until_there_is_one() -> None:
@@ -52,8 +63,9 @@ def test_an_order_begins_with_nothing_of_the_one_before() -> None:
     mailbox.place(Order(1, "first"))
     mailbox.answer(10, goes_on=False)
     mailbox.set_fatal(1, "the loss is nan")
-    mailbox.put(1, ("progress", {"step": 11}))  # sent before the worker knew
+    mailbox.begin(1, "workers")
+    mailbox.put(1, "workers", ("progress", {"step": 11}))  # sent before the worker knew
     mailbox.place(Order(2, "second"))
     mailbox.set_fatal(1, "a peer is gone")  # late
-    mailbox.put(1, ("end", {}))
+    mailbox.put(1, "workers", ("end", {}))
     assert (mailbox.answer_to(10), mailbox.fatal(), mailbox.take()) == (None, None, [])
