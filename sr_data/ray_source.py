@@ -174,7 +174,10 @@ def decoding(
     items = [{"records": pickle.dumps(block)} for block in blocks]
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free_cpus = resources.get("CPU", 0.0) - reserved_cpus
-    num_cpus = min(1.0, max(0.0, round(free_cpus, 2)))
+    # A task runs on one node, and what is left may lie in pieces on several: one of them has the average or more.
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    num_nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in nodes)
+    num_cpus = min(1.0, max(0.0, int(100 * free_cpus / max(1, num_nodes) + 1e-6) / 100))
     load = partial(_load_block, store_uri=store_uri, scale=scale, num_threads=num_threads)
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         load,
