@@ -103,8 +103,10 @@ class RayHead:
         return Job(job_id, entrypoint, JobSubmissionClient(self.jobs_url))
 
 
-def start_ray_head(folder: Path, *, num_cpus: int = 3) -> RayHead:
-    """`folder` must have a short path: Ray's Unix sockets lie in it (limit 107 characters)."""
+def start_ray_head(folder: Path, *, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> RayHead:
+    """`folder` must have a short path: Ray's Unix sockets lie in it (limit 107 characters). What the node's environment
+    has (`env`), every process of every job has.
+    """
     names = (
         "port",
         "dashboard-port",
@@ -129,10 +131,10 @@ def start_ray_head(folder: Path, *, num_cpus: int = 3) -> RayHead:
     # 0: the kernel chooses. The default range, 10002 to 19999, would be shared with other clusters of this machine.
     command += ["--min-worker-port=0", "--max-worker-port=0"]
     command += [f"--{name}={port}" for name, port in ports.items()]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
     # Ray Data leaves a detached actor in the cluster, so draining at the end would wait its full time, 30 s.
-    env |= {"RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    child = Child.start("ray head", command, log_path=folder / "head.log", env=env)
+    inherited |= {"RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    child = Child.start("ray head", command, log_path=folder / "head.log", env=inherited | dict(env or {}))
     jobs_url = f"http://127.0.0.1:{ports['dashboard-port']}"
     agent_url = f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}"
     try:
