@@ -56,7 +56,9 @@ fi
 
 step "$tag from $base"
 first_file() { for path in "$@"; do [ -n "$path" ] && [ -f "$path" ] && { echo "$path"; return; }; done; true; }
-options=(--build-arg "BASE_IMAGE=$base" --target "$target" --tag "$tag" --isolation chroot --format docker --layers)
+# No cached steps: buildah 1.28 loses the mounts of stages that it has cached, and does not see that a mounted lock has
+# changed. What pip and uv have downloaded is kept.
+options=(--build-arg "BASE_IMAGE=$base" --target "$target" --tag "$tag" --isolation chroot --format docker --layers=false)
 pip_conf=$(first_file "${PIP_CONFIG_FILE:-}" "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf" /etc/pip.conf)
 uv_toml=$(first_file "${UV_CONFIG_FILE:-}" "$HOME/.config/uv/uv.toml" /etc/uv/uv.toml)
 ca=$(first_file "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt)
