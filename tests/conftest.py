@@ -88,7 +88,7 @@ def shared_data() -> Path:
     folder = Path(os.environ.get("SR_SHARED_DATA", REPO.parent / "shared" / "data"))
     missing = [name for name in ("BSDS500", "DIV2K", "Set5", "T91") if not (folder / name).is_dir()]
     if missing:
-        _absent(f"{', '.join(missing)} not found in {folder} (SR_SHARED_DATA)", "SR_EXPECT_SHARED_DATA")
+        absent(f"{', '.join(missing)} not found in {folder} (SR_SHARED_DATA)", "SR_EXPECT_SHARED_DATA")
     return folder
 
 
@@ -104,7 +104,7 @@ def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One Ceph RGW for the whole run; tests take `s3_rgw`."""
     if missing := missing_ceph_programs():
-        _absent(f"{', '.join(missing)} not installed (Debian: ceph-mon ceph-osd ceph-common radosgw)", "SR_EXPECT_RGW")
+        absent(f"{', '.join(missing)} not installed (Debian: ceph-mon ceph-osd ceph-common radosgw)", "SR_EXPECT_RGW")
     server = start_rgw(tmp_path_factory.mktemp("rgw"))
     yield server
     server.stop()
@@ -153,7 +153,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     A test that changes the nodes leaves two that work. SR_EXPECT_NAMESPACES=1 makes it a failure if there can be none.
     """
     if reason := why_no_machines():
-        _absent(reason, "SR_EXPECT_NAMESPACES")
+        absent(reason, "SR_EXPECT_NAMESPACES")
     network = start_network(tmp_path_factory.mktemp("network"))
     with ExitStack() as stack:
         stack.callback(network.close)
@@ -173,7 +173,7 @@ def browser() -> Iterator[Browser]:
     """
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        _absent("no Chromium on the PATH (Debian: chromium)", "SR_EXPECT_BROWSER")
+        absent("no Chromium on the PATH (Debian: chromium)", "SR_EXPECT_BROWSER")
     from playwright.sync_api import sync_playwright  # here, because most tests need no browser
 
     with sync_playwright() as playwright:
@@ -222,7 +222,7 @@ def _in_environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterat
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def _absent(reason: str, expect_variable: str) -> None:
+def absent(reason: str, expect_variable: str) -> None:
     if os.environ.get(expect_variable) == "1":
         pytest.fail(f"{reason}, and {expect_variable}=1 says that it is there")
     pytest.skip(reason)

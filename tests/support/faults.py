@@ -85,10 +85,14 @@ class HarmedRun:
     def wait_until_going_on(self, *, times: int = 1, timeout_s: float = 180.0) -> None:
         """Returns once this job's log has said so many times from where the run goes on."""
         deadline = time.monotonic() + timeout_s
-        while self.job.logs().count("going on from step") < times:
+        while len(self.said("going on from step")) < times:
             if self.job.client.get_job_status(self.job.job_id).is_terminal() or time.monotonic() > deadline:
                 raise ServerError(f"the run did not go on (expected: {times} times):\n{self.job.logs()}")
             time.sleep(0.2)
+
+    def said(self, start: str) -> list[str]:
+        """Lines of this job's log that begin so."""
+        return [line for line in self.job.logs().splitlines() if line.startswith(start)]
 
     def finish(self) -> JobOutcome:
         """Waits for the good end of the job, and writes the record."""

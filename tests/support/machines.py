@@ -192,7 +192,11 @@ class Network:
         hosts = self.folder / f"hosts-{number}"
         hosts.write_text(f"127.0.0.1 localhost\n{ip} {name}\n")
         Path(DISK).mkdir(parents=True, exist_ok=True)  # where its own is mounted
-        isolated = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
+        # KILL: unshare waits for its child with SIGTERM blocked.
+        isolated = [
+            *("setpriv", "--pdeathsig", "KILL", "--", "unshare", "--net", "--mount", "--uts", "--pid", "--fork")
+        ]
+        isolated += ["--kill-child", "--mount-proc", "--"]
         script = ["bash", "-c", _PREPARE_AND_RUN, "bash", name, str(disk_mib), str(hosts), ip]
         told = [part.replace("{ip}", ip) for part in command]
         own = {"TMPDIR": f"{DISK}/tmp"}

@@ -22,7 +22,7 @@ from tests.support.ray_head import Job, JobOutcome
 
 BATCH = 8
 CPUS_PER_WORKER = 1.5
-"""Of a node's two: one worker on each node, and something left for decoding."""
+"""Of a node's two: one worker on each node, and half a CPU on each for decoding."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tests.support.machines import Machine, Network
 from tests.support.mlflow_server import MlflowServer
@@ -146,7 +144,6 @@ def start_nodes(network: Network, *, num_nodes: int, cpus_per_node: int) -> RayN
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     # On a network of their own: whoever can reach it belongs to this test.
     env |= {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp", "RAY_USAGE_STATS_ENABLED": "0"}
-    env |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "10", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
     env |= SEES_LOSSES_SOON | {"OMP_WAIT_POLICY": "PASSIVE", "RAY_COLOR_PREFIX": "0"}
     cluster = RayNodes(network=network, cpus_per_node=cpus_per_node, env=env)
     for _ in range(num_nodes):

@@ -51,7 +51,9 @@ class Held:
 class S3Gate:
     """Runs in a thread from `start` to `stop`."""
 
-    def __init__(self, upstream_url: str) -> None:
+    def __init__(self, upstream_url: str, *, checkpoint_s: float = 0.0) -> None:
+        """`checkpoint_s`: what each upload of a checkpoint takes at least, so that a run on a fast machine lasts."""
+        self._checkpoint_s = checkpoint_s
         upstream = urlsplit(upstream_url)
         self._host, self._upstream_port = str(upstream.hostname), upstream.port
         self._loop = asyncio.new_event_loop()
@@ -98,6 +100,8 @@ class S3Gate:
                         return
                     server_writer.write(body[body_bytes // 2 :])
                     continue
+                if head.startswith(b"PUT ") and b"/checkpoints/" in head.partition(b"\r\n")[0]:
+                    await asyncio.sleep(self._checkpoint_s)
                 while body_bytes and (part := await reader.read(min(body_bytes, 1 << 16))):
                     server_writer.write(part)
                     await server_writer.drain()

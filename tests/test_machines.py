@@ -1,0 +1,83 @@
+"""The machines that tests of several nodes run on: they reach each other unless they are cut off, and leave nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import absent
+from tests.support.machines import DISK, Machine, Network, start_network, why_no_machines
+from tests.support.pipeline import REPO
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    if reason := why_no_machines():
+        absent(reason, "SR_EXPECT_NAMESPACES")
+    network = start_network(tmp_path)
+    yield network
+    network.close()
+
+
+def idle_machine(network: Network, name: str, **settings: int) -> Machine:
+    return network.start_machine(name, ["sleep", "infinity"], env=os.environ, **settings)
+
+
+def reaches(machine: Machine, ip: str, port: int) -> bool:
+    try:
+        machine.run("timeout", "0.5", "bash", "-c", f"exec 3<>/dev/tcp/{ip}/{port}")
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_machines_have_names_disks_and_processes_of_their_own(network: Network) -> None:
+    one, other = idle_machine(network, "one", disk_mib=4), idle_machine(network, "other")
+    assert (one.run("hostname").strip(), one.pids("sleep"), one.ip != other.ip) == ("one", [1], True)
+    one.fill_disk()
+    with pytest.raises(subprocess.CalledProcessError):
+        one.run("bash", "-c", f"echo full > {DISK}/file")
+    other.run("bash", "-c", f"echo free > {DISK}/file")
+    one.free_disk()
+    one.run("bash", "-c", f"echo free > {DISK}/file")
+
+
+def test_a_machine_can_be_cut_off_and_reconnected(network: Network) -> None:
+    machine = idle_machine(network, "one")
+    with socket.create_server((network.host_ip, 0)) as server:
+        port = server.getsockname()[1]
+        assert reaches(machine, network.host_ip, port)
+        for cut in (machine.cut_off, lambda: machine.cut_off_from(network.host_ip)):
+            cut()
+            assert not reaches(machine, network.host_ip, port)
+            machine.reconnect()
+            wait_until(lambda: reaches(machine, network.host_ip, port))
+
+
+def test_nothing_outlives_a_test_process_that_is_killed(network: Network, tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from tests.support.machines import start_network\n"
+        "network = start_network(pathlib.Path(sys.argv[1]))\n"
+        "machine = network.start_machine('one', ['sleep', 'infinity'], env=os.environ)\n"
+        "print(network.host_link, machine.pid_1(), network.holder.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=REPO, capture_output=True, text=True, timeout=60)
+    link, *pids = done.stdout.split()
+    left = [Path("/sys/class/net") / link, *(Path("/proc") / pid for pid in pids)]
+    wait_until(lambda: not any(path.exists() for path in left))
