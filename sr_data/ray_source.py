@@ -4,16 +4,19 @@ Only keys travel to the tasks: each fetches its images with threads and decodes 
 through the object store. That was two to five times as fast as Ray's own image readers on files in object storage.
 
 An execution of Ray Data is finite and takes a tenth of a second to start, so an endless stream of records runs as a
-chain of executions, each started while the one before still delivers.
+chain of executions, each started while the one before still delivers. Where one breaks off, because storage is away or
+its processes are killed for their memory, the next one begins with the first record that was not delivered.
 """
 
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 
@@ -22,15 +25,27 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ExecutionOptions, ExecutionResources, TaskPoolStrategy
+from ray.exceptions import RayError, RayTaskError
+from ray.util.annotations import RayDeprecationWarning
 
 from sr_data.errors import DataError, StorageError
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair, load_pair
-from sr_data.storage import open_store
+from sr_data.storage import Store, open_store
+from sr_data.storage_patience import Patience, may_pass, warn
 
 _MAX_RUN_IMAGES = 256
 _MAX_RUN_BYTES = 512 * 2**20
 """Decoded bytes of one execution; two can be under way, so the object store holds at most twice as much per worker."""
+
+PATIENCE_S = 600.0
+"""How long storage may be away while a run waits for its images. It is below the 1800 s after which the other workers,
+which wait for this one, are ended by PyTorch.
+"""
+_MAX_TASK_TRIES = 3
+"""By Ray itself; its default, without end, would try an image that no process survives for ever."""
+_MAX_BREAKS = 4
+"""So many executions in a row may break off without a single image: from 16 images a task to 1."""
 
 _SCHEMA = pa.schema(
     {
@@ -53,6 +68,7 @@ def stream_pairs(
     block_images: int,
     reserved_cpus: float,
     head_images: int = 8,
+    patience_s: float = PATIENCE_S,
 ) -> Iterator[DecodedPair]:
     """Yield the decoded pair of each record, in order; `records` may be endless. Ray must be initialised.
 
@@ -67,29 +83,96 @@ def stream_pairs(
     Arrays can be read-only views of Ray's shared memory: keep copies, not them. Closing the generator stops the
     execution. Raises the `DataError` or `StorageError` of the first image that can't be loaded, after the pairs
     before it.
+
+    Storage that is away, or fails, is waited for, `patience_s` at most. Where tasks lack memory (MemoryError, or
+    their process is killed) the stream goes on with smaller ones; where even one image a task is too much, it raises
+    what ended the last one. Each is a warning in the log of this process, which says where the stream goes on.
     """
-    source = iter(records)
-    start = partial(
-        _start_run,
-        store_uri=store_uri,
-        scale=scale,
-        num_threads=num_threads,
-        block_images=block_images,
-        reserved_cpus=reserved_cpus,
-    )
+    source, store = iter(records), open_store(store_uri)
+    tasks = _Tasks(store_uri, scale, num_threads, block_images, reserved_cpus)
+    pending: deque[ImageRecord] = deque()
+    """Asked for, and not delivered yet."""
+    num_breaks = 0
+    while True:
+        source = chain(list(pending), source)
+        pending.clear()
+        try:
+            with closing(_unbroken(tasks, _noting(source, pending), store, head_images)) as pairs:
+                for pair in pairs:
+                    pending.popleft()
+                    num_breaks = 0
+                    yield pair
+            return
+        except StorageError as error:
+            if not may_pass(error):
+                raise
+            # One image, in this process, until storage is back: that costs the cluster nothing.
+            patience = Patience(seconds=patience_s)
+            load = partial(load_pair, store, pending[0], scale)
+            pair = patience.spend(load, on="images can't be read", meanwhile="training waits for them", after=error)
+            pending.popleft()
+            yield pair
+        except (MemoryError, RayError) as error:
+            num_breaks += 1
+            if (isinstance(error, RayTaskError) and not isinstance(error, MemoryError)) or num_breaks > _MAX_BREAKS:
+                raise  # of our own code's mistakes, too, which would come back
+            head_images, tasks = 0, tasks.smaller()  # what ends a task must not end a training worker
+            warn(
+                f"decoding broke off ({type(error).__name__}: {_first_line(error)}); going on at {pending[0].name} "
+                f"with {tasks.block_images} images a task, {tasks.num_threads} at a time"
+            )
+
+
+def _noting(records: Iterable[ImageRecord], pending: "deque[ImageRecord]") -> Iterator[ImageRecord]:
+    for record in records:
+        pending.append(record)
+        yield record
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tasks:
+    """How images are decoded: the arguments of `stream_pairs`."""
+
+    store_uri: str
+    scale: int
+    num_threads: int
+    block_images: int
+    reserved_cpus: float
+
+    def smaller(self) -> "_Tasks":
+        """Tasks that need a quarter of the memory, or less."""
+        return replace(self, block_images=max(1, self.block_images // 4), num_threads=1)
+
+    def start(self, records: Sequence[ImageRecord]) -> "_Tables":
+        """One execution."""
+        size = self.block_images
+        blocks = [records[start : start + size] for start in range(0, len(records), size)]
+        dataset = decoding(
+            blocks, self.store_uri, self.scale, num_threads=self.num_threads, reserved_cpus=self.reserved_cpus
+        )
+        return _Tables(dataset)
+
+
+def _unbroken(
+    tasks: _Tasks, source: Iterator[ImageRecord], store: Store, head_images: int
+) -> Generator[DecodedPair, None, None]:
+    """The pairs of `source` until its end, or until something breaks off."""
     head = list(islice(source, head_images))
-    upcoming = _next_run(start, source, scale)
+    upcoming = _next_run(tasks, source)
     try:
-        store = open_store(store_uri)
-        with ThreadPoolExecutor(num_threads) as threads:
-            yield from threads.map(lambda record: load_pair(store, record, scale), head)
+        with ThreadPoolExecutor(tasks.num_threads) as threads:
+            yield from threads.map(lambda record: load_pair(store, record, tasks.scale), head)
         while upcoming is not None:
             with closing(upcoming.started.result()) as tables:
                 half, upcoming = upcoming.num_images // 2, None
-                pairs = (pair_of_row(table, row, scale) for table in tables for row in range(len(table)))
+                pairs = (pair_of_row(table, row, tasks.scale) for table in tables for row in range(len(table)))
                 for number, pair in enumerate(pairs):
                     if number == half:
-                        upcoming = _next_run(start, source, scale)
+                        upcoming = _next_run(tasks, source)
                     yield pair
     finally:
         if upcoming is not None:
@@ -124,15 +207,13 @@ def _close(started: "Future[_Tables]") -> None:
         started.result().close()
 
 
-def _next_run(
-    start: Callable[[Sequence[ImageRecord]], _Tables], source: Iterator[ImageRecord], scale: int
-) -> _Run | None:
+def _next_run(tasks: _Tasks, source: Iterator[ImageRecord]) -> _Run | None:
     """Starts the next execution, of at least one image and about `_MAX_RUN_BYTES`; None at the end of `source`."""
     records: list[ImageRecord] = []
     num_bytes = 0
     for record in islice(source, _MAX_RUN_IMAGES):
         records.append(record)
-        num_bytes += pair_bytes(record, scale)
+        num_bytes += pair_bytes(record, tasks.scale)
         if num_bytes >= _MAX_RUN_BYTES:
             break
     if not records:
@@ -141,26 +222,13 @@ def _next_run(
 
     def run() -> None:
         try:
-            started.set_result(start(records))
+            started.set_result(tasks.start(records))
         except BaseException as error:  # noqa: BLE001 — raised where the result is asked for
             started.set_exception(error)
 
     # A daemon, unlike a thread of an executor: a cluster without a free CPU must not keep the process from ending.
     threading.Thread(target=run, name="ray-data-start", daemon=True).start()
     return _Run(len(records), started)
-
-
-def _start_run(
-    records: Sequence[ImageRecord],
-    *,
-    store_uri: str,
-    scale: int,
-    num_threads: int,
-    block_images: int,
-    reserved_cpus: float,
-) -> _Tables:
-    blocks = [records[start : start + block_images] for start in range(0, len(records), block_images)]
-    return _Tables(decoding(blocks, store_uri, scale, num_threads=num_threads, reserved_cpus=reserved_cpus))
 
 
 def decoding(
@@ -179,15 +247,19 @@ def decoding(
     num_nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in nodes)
     num_cpus = min(1.0, max(0.0, int(100 * free_cpus / max(1, num_nodes) + 1e-6) / 100))
     load = partial(_load_block, store_uri=store_uri, scale=scale, num_threads=num_threads)
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        load,
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        num_cpus=num_cpus,
-        # Without a CPU of its own to count, nothing else limits the number of tasks.
-        compute=None if num_cpus else TaskPoolStrategy(size=1),
-    )
+    source = ray.data.from_items(items, override_num_blocks=len(items))
+    with warnings.catch_warnings():  # Ray 2.60 has no other way to say how often a task is tried
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = source.map_batches(
+            load,
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=num_cpus,
+            max_retries=_MAX_TASK_TRIES,
+            # Without a CPU of its own to count, nothing else limits the number of tasks.
+            compute=None if num_cpus else TaskPoolStrategy(size=1),
+        )
     limits = ExecutionResources(cpu=free_cpus) if num_cpus else None
     dataset.context.execution_options = ExecutionOptions(resource_limits=limits, preserve_order=True)
     dataset.context.enable_progress_bars = False
@@ -203,7 +275,7 @@ def _load_block(block: pa.Table, *, store_uri: str, scale: int, num_threads: int
     def load(record: ImageRecord) -> dict[str, object]:
         try:
             pair = load_pair(store, record, scale)
-        except (DataError, StorageError) as error:
+        except (DataError, StorageError, MemoryError) as error:
             return {"name": record.name, "error": pickle.dumps(error)}
         height, width, _ = pair.lr_HWC.shape
         return {
@@ -215,8 +287,12 @@ def _load_block(block: pa.Table, *, store_uri: str, scale: int, num_threads: int
         }
 
     records = [record for blob in block["records"].to_pylist() for record in pickle.loads(blob)]
-    with ThreadPoolExecutor(num_threads) as threads:
-        return pa.Table.from_pylist(list(threads.map(load, records)), schema=_SCHEMA)
+    try:
+        with ThreadPoolExecutor(num_threads) as threads:
+            return pa.Table.from_pylist(list(threads.map(load, records)), schema=_SCHEMA)
+    except MemoryError as error:  # of the table, twice as large as the images
+        failed = {"name": records[0].name, "error": pickle.dumps(error)}
+        return pa.Table.from_pylist([failed], schema=_SCHEMA)
 
 
 def pair_bytes(record: ImageRecord, scale: int) -> int:
@@ -227,7 +303,7 @@ def pair_bytes(record: ImageRecord, scale: int) -> int:
 def pair_of_row(table: pa.Table, row: int, scale: int) -> DecodedPair:
     """The pair in a row of a table of `decoding`: read-only views of the table's memory.
 
-    Raises the `DataError` or `StorageError` of an image that could not be loaded.
+    Raises the `DataError`, `StorageError` or `MemoryError` of an image that could not be loaded.
     """
     name, error, height, width = (table[column][row] for column in ("name", "error", "height_lr", "width_lr"))
     if error.is_valid:

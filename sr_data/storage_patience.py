@@ -8,7 +8,8 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,6 +20,9 @@ LONGEST_PAUSE_S = 15.0
 
 _PASSING = {errno.EIO, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET,
             errno.ENOTCONN, errno.ESTALE, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EACCES}  # fmt: skip
+
+_lock = threading.Lock()
+_in_trouble: dict[str, int] = {}
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -49,7 +53,7 @@ class Patience:
     say: Say = warn
     """Told once when trouble begins, and once when it is over."""
     given_up: threading.Event = field(default_factory=threading.Event)
-    """Set by whoever can't wait any longer: the attempt under way is the last one."""
+    """Set by whoever can't wait any longer: the next attempt, made at once, is the last one."""
 
     def spend(self, work: Callable[[], T], *, on: str, meanwhile: str = "", after: StorageError | None = None) -> T:
         """What `work` returns, tried again after a pause for as long as its StorageError `may_pass`.
@@ -59,29 +63,53 @@ class Patience:
         StorageError of the last attempt, and any other error at once.
         """
         started_s, started_at = time.monotonic(), time.strftime("%H:%M:%S")
-        deadline_s: float | None = None
-        pause_s = FIRST_PAUSE_S
+        try:
+            if after is not None:
+                raise after
+            return work()
+        except StorageError as error:
+            if not self._waits_after(error):
+                raise
+            rest = f"; {meanwhile}" if meanwhile else ""
+            began = f"{on} since {started_at}: {error}; trying again for {_span(self.seconds)}{rest}"
+        with _trouble(on, self.say, began, started_s):
+            return self._again(work)
+
+    def _again(self, work: Callable[[], T]) -> T:
+        deadline_s, pause_s = time.monotonic() + self.seconds, FIRST_PAUSE_S
+        self.given_up.wait(pause_s)
         while True:
             try:
-                if after is not None:
-                    raise after
-                result = work()
+                return work()
             except StorageError as error:
-                after, failed_s = None, time.monotonic()
-                if not may_pass(error) or self.seconds <= 0 or self.given_up.is_set():
-                    raise
-                if deadline_s is None:
-                    deadline_s = failed_s + self.seconds
-                    rest = f"; {meanwhile}" if meanwhile else ""
-                    self.say(f"{on} since {started_at}: {error}; trying again for {_span(self.seconds)}{rest}")
-                if failed_s >= deadline_s or self.given_up.wait(min(pause_s, deadline_s - failed_s)):
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or not self._waits_after(error):
                     raise
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            else:
-                if deadline_s is not None:
-                    took = _span(time.monotonic() - started_s)
-                    self.say(f"storage is back, {took} after the trouble began ({on}): nothing is lost")
-                return result
+                self.given_up.wait(min(pause_s, left_s))
+
+    def _waits_after(self, error: StorageError) -> bool:
+        return self.seconds > 0 and may_pass(error) and not self.given_up.is_set()
+
+
+@contextmanager
+def _trouble(on: str, say: Say, began: str, started_s: float) -> Iterator[None]:
+    """Says that it began, and that it is over if it ends well, but once for all threads of this process that are in
+    it: two streams of images that wait are one trouble to people.
+    """
+    with _lock:
+        _in_trouble[on] = _in_trouble.get(on, 0) + 1
+        is_first = _in_trouble[on] == 1
+    if is_first:
+        say(began)
+    try:
+        yield
+    finally:
+        with _lock:
+            _in_trouble[on] -= 1
+            is_last = _in_trouble[on] == 0
+    if is_last:
+        say(f"storage is back, {_span(time.monotonic() - started_s)} after the trouble began ({on}): nothing is lost")
 
 
 def _span(seconds: float) -> str:

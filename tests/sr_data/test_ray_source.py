@@ -87,7 +87,7 @@ def test_few_images_need_no_execution(images: Path, monkeypatch: pytest.MonkeyPa
     def start_nothing(*_: object, **__: object) -> None:
         raise AssertionError("an execution was started")
 
-    monkeypatch.setattr(ray_source, "_start_run", start_nothing)
+    monkeypatch.setattr(ray_source, "decoding", start_nothing)
     records = records_of(images)[:5]
     assert_same(list(stream(images, records, head_images=8)), images, records)
 
