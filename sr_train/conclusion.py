@@ -1,7 +1,9 @@
 """What becomes of a run's best checkpoint: a picture, a registered version, a result file, a report."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,6 +11,7 @@ from sr_data.decode import encode_png
 from sr_data.pairs import load_pair, middle
 from sr_data.resize import upscale_bicubic
 from sr_data.storage import Store, open_store
+from sr_data.storage_patience import Patience
 from sr_models.architectures import build_model
 from sr_models.errors import ModelError
 from sr_models.inference import upscale_image
@@ -22,7 +25,7 @@ from sr_train.options import RunConfig
 from sr_train.plan import Plan
 from sr_train.ray_workers import FitResult
 from sr_train.run_folder import COMPARISON_KEY, RESULT_KEY, checkpoint_store
-from sr_train.tracking import RunHandle
+from sr_train.tracking import RunHandle, begun
 from sr_train.tracking_server import TrackingError
 from sr_train.validator import side_by_side
 
@@ -59,10 +62,20 @@ def finished_result(plan: Plan) -> FitResult | None:
 
 
 def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitResult) -> Conclusion:
-    """Saves the picture and the result first, then registers: a server that is away costs the registration only."""
+    """Saves the picture and the result first, then registers: a server that is away costs the registration only.
+
+    Storage that is away is waited for, as during training.
+    """
     checkpoints, values = checkpoint_store(plan.run_uri), result.position.best or {}
-    checkpoint, uri = ckpt.read_checkpoint(checkpoints, values["key"]), checkpoints.uri_of(values["key"])
-    store.write(COMPARISON_KEY, _comparison_png(plan, checkpoint))
+    patience = Patience(seconds=plan.config.checkpoint.patience_s, say=_say)
+
+    def save(key: str, data: bytes) -> None:
+        patience.spend(partial(store.write, key, data), on="the run's results can't be written")
+
+    read = partial(ckpt.read_checkpoint, checkpoints, values["key"])
+    checkpoint, uri = patience.spend(read, on="the best checkpoint can't be read"), checkpoints.uri_of(values["key"])
+    save(COMPARISON_KEY, patience.spend(partial(_comparison_png, plan, checkpoint), on="an image can't be read"))
+    tracking, away = _begun(tracking)
     summary = {
         "run": plan.config.run.name,
         "best_checkpoint": uri,
@@ -74,17 +87,34 @@ def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitRe
         "registered": None,
         "mlflow_run": tracking.run_id if tracking is not None else None,
     }
-    store.write(RESULT_KEY, json.dumps(summary, indent=2).encode())
+    save(RESULT_KEY, json.dumps(summary, indent=2).encode())
     version, problem = None, None
     if tracking is not None:
+        register = partial(_register, plan, tracking, checkpoint, result, uri)
         try:
-            version = _register(plan, tracking, checkpoint, result, uri)
-        except (TrackingError, ModelError) as error:  # a ModelError: what was packed did not work when it was tried
+            version = patience.spend(register, on="an image can't be read")
+        # ModelError: what was packed did not work when it was tried. OSError: this machine's folder for temporary
+        # files is full, or storage did not come back.
+        except (TrackingError, ModelError, OSError) as error:
             problem = str(error)
         else:
-            store.write(RESULT_KEY, json.dumps(summary | {"registered": asdict(version)}, indent=2).encode())
-    report = _report(plan, store, tracking, uri, version, result)
+            save(RESULT_KEY, json.dumps(summary | {"registered": asdict(version)}, indent=2).encode())
+    report = _report(plan, store, tracking, uri, version, result, away=away)
     return Conclusion(report=report, best_checkpoint=uri, not_registered=problem)
+
+
+def _begun(tracking: RunHandle | None) -> tuple[RunHandle | None, str]:
+    """The MLflow run if there is one by now, and else why not."""
+    if tracking is None:
+        return None, "the server was not reachable"
+    try:
+        return begun(tracking), ""
+    except TrackingError as error:
+        return None, str(error)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def resume_flags(plan: Plan) -> str:
@@ -153,7 +183,14 @@ def _register(
 
 
 def _report(
-    plan: Plan, store: Store, tracking: RunHandle | None, uri: str, version: RegisteredVersion | None, result: FitResult
+    plan: Plan,
+    store: Store,
+    tracking: RunHandle | None,
+    uri: str,
+    version: RegisteredVersion | None,
+    result: FitResult,
+    *,
+    away: str,
 ) -> str:
     values, measures = result.position.best or {}, result.measures
     gain_db = values["psnr_db"] - values["bicubic_psnr_db"]
@@ -176,7 +213,7 @@ def _report(
     rows += [
         ("checkpoint", uri),
         ("picture", store.uri_of(COMPARISON_KEY)),
-        ("MLflow run", f"{tracking.run_name}  {tracking.url}" if tracking else "none: the server was not reachable"),
+        ("MLflow run", f"{tracking.run_name}  {tracking.url}" if tracking else f"none: {away}"),
         (
             "registered",
             _registered(plan, version),

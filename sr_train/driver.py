@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from sr_data.errors import DataError, StorageError
@@ -29,7 +28,7 @@ from sr_train.ray_cluster import cluster_facts, cluster_room, connect, pair_stre
 from sr_train.ray_workers import FitResult, TrainingFailedError, Workers
 from sr_train.run_facts import run_facts
 from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim
-from sr_train.tracking import RunHandle, Status, finish_run, replay_spool, start_run
+from sr_train.tracking import RunHandle, RunStart, Status, begun, finish_run, pending_run, replay_spool
 from sr_train.tracking_server import TrackingError
 from sr_train.upscaler import UpscalerError
 from sr_train.worker import SPOOL, Job
@@ -214,16 +213,12 @@ def manifest_progress(done: int, total: int) -> None:
         print(f"reading the dataset: {done}/{total} images", file=sys.stderr, flush=True)
 
 
-def _start_tracking(plan: Plan, store: Store, facts: Mapping[str, str]) -> RunHandle | None:
-    """The MLflow run: the one that this run began with where it is still there, else a new one; None without a
-    server.
+def _start_tracking(plan: Plan, store: Store, facts: Mapping[str, str]) -> RunHandle:
+    """The MLflow run: the one that this run began with where it is still there, else a new one; a pending one without
+    a server (only with --tracking.allow-offline: the plan says so else).
     """
-    if not plan.tracking_reachable:
-        return None
     config = config_to_dict(plan.config)
-    begin = partial(
-        start_run,
-        tracking_uri=plan.tracking_uri,
+    start = RunStart(
         experiment=plan.config.tracking.experiment,
         run_name=plan.config.run.name or "",
         params=flatten(config),
@@ -239,15 +234,29 @@ def _start_tracking(plan: Plan, store: Store, facts: Mapping[str, str]) -> RunHa
         parent_run_id=plan.parent_run_id,
     )
     previous = json.loads(store.read_text(TRACKING_KEY)) if store.exists(TRACKING_KEY) else {}
-    handle = None
-    if previous.get("tracking_uri") == plan.config.tracking.uri:
-        try:
-            handle = begin(run_id=previous["run_id"])
-        except TrackingError as error:
-            print(f"warning: a new MLflow run begins, the earlier one is gone: {error}", file=sys.stderr, flush=True)
-    handle = handle or begin()
-    store.write(TRACKING_KEY, json.dumps({"tracking_uri": plan.config.tracking.uri, "run_id": handle.run_id}).encode())
+    if previous.get("tracking_uri") != plan.config.tracking.uri:
+        previous = {}
+    pending = pending_run(plan.tracking_uri, start, run_id=previous.get("run_id"), key=previous.get("key"))
+    known = {"tracking_uri": plan.config.tracking.uri, "run_id": pending.run_id, "key": pending.key}
+    store.write(TRACKING_KEY, json.dumps(known).encode())  # before it is made: what is lost now is found by its key
+    handle = _begun(pending, reachable=plan.tracking_reachable, may_wait=plan.config.tracking.allow_offline)
+    store.write(TRACKING_KEY, json.dumps(known | {"run_id": handle.run_id}).encode())
     return handle
+
+
+def _begun(pending: RunHandle, *, reachable: bool, may_wait: bool) -> RunHandle:
+    if not reachable:
+        return pending
+    try:
+        return begun(pending)
+    except TrackingError as error:
+        if pending.run_id:
+            say = f"warning: a new MLflow run begins, the earlier one is gone: {error}"
+            print(say, file=sys.stderr, flush=True)
+            return _begun(dataclasses.replace(pending, run_id=""), reachable=True, may_wait=may_wait)
+        if may_wait:  # gone since the plan was made
+            return pending
+        raise
 
 
 def _finish(tracking: RunHandle, status: Status) -> None:

@@ -28,7 +28,7 @@ from sr_models.upscaling import PREDICT_DEFAULTS
 from sr_models.weights import load_config, load_model, weights_digest
 from sr_train.model_card import CARD_FILE, CardFacts, description_of, model_card
 from sr_train.tracking import RunHandle
-from sr_train.tracking_server import as_tracking_error, check_tracking, connect
+from sr_train.tracking_server import as_tracking_error, check_tracking, connect, sent_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -163,14 +163,21 @@ def _create(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return client.create_model_version(
-        name,
-        source=logged.artifact_location,  # "models:/<id>" would be looked up in the process-wide registry
-        run_id=run.run_id,
-        model_id=logged.model_id,
-        tags={WEIGHTS_TAG: digest},
-        await_creation_for=0,  # it is READY when the call returns
-    )
+    try:
+        with sent_once():
+            return client.create_model_version(
+                name,
+                source=logged.artifact_location,  # "models:/<id>" would be looked up in the process-wide registry
+                run_id=run.run_id,
+                model_id=logged.model_id,
+                tags={WEIGHTS_TAG: digest},
+                await_creation_for=0,  # it is READY when the call returns
+            )
+    except (MlflowException, OSError):
+        # The server may have made it and gone before it could say so.
+        if (found := _find(client, run, name, digest)) is not None:
+            return found
+        raise
 
 
 def pack_model(folder: Path, target: Path, *, description: "Model | None" = None) -> None:

@@ -7,6 +7,7 @@ changed, with one exception, `tracking_server.connect`, which says what and why.
 import logging
 import re
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,20 +28,37 @@ from sr_train.tracking_server import (
     connect,
     redact,
     resolve_tracking_uri,
+    sent_once,
     sqlite_path,
 )
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["RunHandle", "Status", "Tracker", "TrackingError", "check_tracking", "finish_run", "nested_run",
-           "record_outcome", "replay_spool", "resolve_tracking_uri", "run_facts", "start_run"]  # fmt: skip
+__all__ = ["RunHandle", "RunStart", "Status", "Tracker", "TrackingError", "begun", "check_tracking", "finish_run",
+           "nested_run", "pending_run", "record_outcome", "replay_spool", "resolve_tracking_uri", "run_facts",
+           "start_run"]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+KEY_TAG = "sr.key"
+"""On a run: `RunHandle.key`."""
 MAX_PARAMS_PER_REQUEST = 100  # a limit of MLflow's REST API, as are 100 tags and 1,000 metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStart:
+    """What a run begins with."""
+
+    experiment: str
+    run_name: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    texts: Mapping[str, str]
+    """Files, by path."""
+    parent_run_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +72,10 @@ class RunHandle:
     run_name: str
     url: str
     """Where to look at it: a page, or for a database the command that serves the page."""
+    key: str = ""
+    """Of a run that began as a `pending_run`: what it is called here, before and after the server gave it an id."""
+    start: RunStart | None = field(default=None, repr=False)
+    """Of a run that the server does not know yet."""
 
 
 def start_run(
@@ -66,8 +88,12 @@ def start_run(
     texts: Mapping[str, str],
     parent_run_id: str | None = None,
     run_id: str | None = None,
+    key: str | None = None,
 ) -> RunHandle:
     """Create a run, or go on with `run_id`, and record what is known about it: `texts` are files by path.
+
+    A run is created once for each `key`: what an earlier attempt has made, also one whose answer was lost, is gone on
+    with.
 
     A parameter of a run can't change in MLflow. Where a resumed run has another value than it began with, the new value
     becomes the tag `resumed.<parameter>`. A password in the tracking URI is left out wherever the URI occurs in them.
@@ -81,8 +107,10 @@ def start_run(
         client = connect(uri)
         if run_id is None:
             experiment_id = _experiment(client, uri, experiment)
-            all_tags = {**({"mlflow.parentRunId": parent_run_id} if parent_run_id else {}), **tags}
-            run = client.create_run(experiment_id, tags=all_tags, run_name=run_name)
+            run_id = _run_of_key(client, experiment_id, key) if key is not None else None
+        if run_id is None:
+            own = {KEY_TAG: key or uuid.uuid4().hex} | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
+            run = _created(client, experiment_id, run_name, own | tags)
             known: Mapping[str, str] = {}
         else:
             client.update_run(run_id, status="RUNNING")
@@ -96,11 +124,49 @@ def start_run(
             experiment_id=run.info.experiment_id,
             run_name=run.info.run_name,
             url=_url(uri, run.info.experiment_id, run.info.run_id),
+            key=key or "",
         )
         _log(client, handle.run_id, params={key: value for key, value in params.items() if key not in known})
         for path, text in texts.items():
             client.log_text(handle.run_id, text, path)
     return handle
+
+
+def pending_run(tracking_uri: str, start: RunStart, *, run_id: str | None = None, key: str | None = None) -> RunHandle:
+    """A run that begins while its server is away. Its Tracker keeps what it is told, makes the run as soon as the
+    server answers, and sends everything; `begun` does that for whoever needs the run itself.
+
+    `key` is that of an earlier pending run that this one goes on with; `run_id`, of a run that the server knew.
+    """
+    key = key or run_id or uuid.uuid4().hex
+    return RunHandle(
+        tracking_uri=resolve_tracking_uri(tracking_uri),
+        run_id=run_id or "",
+        experiment_id="",
+        run_name=start.run_name,
+        url="",
+        key=key,
+        start=start,
+    )
+
+
+def begun(run: RunHandle) -> RunHandle:
+    """The run as the server knows it, made if it is still pending. Raises TrackingError, soon if the server is away."""
+    if run.start is None:
+        return run
+    check_tracking(run.tracking_uri)
+    start = run.start
+    return start_run(
+        tracking_uri=run.tracking_uri,
+        experiment=start.experiment,
+        run_name=start.run_name,
+        params=start.params,
+        tags=start.tags,
+        texts=start.texts,
+        parent_run_id=start.parent_run_id,
+        run_id=run.run_id or None,
+        key=run.key,
+    )
 
 
 def nested_run(parent: RunHandle, run_name: str) -> str | None:
@@ -129,7 +195,7 @@ def finish_run(run: RunHandle, status: Status, *, spool: Path | None = None) -> 
     """End the run. Raises TrackingError; where a `spool` is given, and can be written, `replay_spool` ends it later."""
     try:
         with as_tracking_error(run.tracking_uri):
-            connect(run.tracking_uri).set_terminated(run.run_id, status)
+            connect(run.tracking_uri).set_terminated(begun(run).run_id, status)
     except TrackingError:
         if spool is not None:
             _keep_status(_spool_of(run, spool), status)
@@ -160,7 +226,7 @@ class Tracker:
         receiver = f"tracking server {redact(run.tracking_uri)}"
         self._outbox: Outbox | None = None
         try:
-            self._outbox = Outbox(_spool_of(run, spool), partial(_deliver, run), receiver=receiver)
+            self._outbox = Outbox(_spool_of(run, spool), _Delivery(run), receiver=receiver)
         except OSError as error:
             logger.warning("nothing of this process reaches %s, training goes on: no spool (%s)", receiver, error)
 
@@ -191,7 +257,18 @@ class Tracker:
 
 def replay_spool(run: RunHandle, spool: Path) -> int:
     """Send what Trackers of this run that are gone left in `spool`; returns the number of items still unsent."""
-    return replay(_spool_of(run, spool), partial(_deliver, run))
+    return replay(_spool_of(run, spool), _Delivery(run))
+
+
+class _Delivery:
+    """Sends records to a run, which is made with the first of them if it is pending."""
+
+    def __init__(self, run: RunHandle) -> None:
+        self._run = run
+
+    def __call__(self, records: Sequence[Record], folder: Path) -> None:
+        self._run = begun(self._run)
+        _deliver(self._run, records, folder)
 
 
 def _deliver(run: RunHandle, records: Sequence[Record], folder: Path) -> None:
@@ -248,6 +325,26 @@ def _log(
         client.log_batch(run_id, tags=entries[start : start + MAX_PARAMS_PER_REQUEST])
 
 
+def _run_of_key(client: "MlflowClient", experiment_id: str, key: str) -> str | None:
+    """The oldest run that was made for it."""
+    query = f"tags.`{KEY_TAG}` = '{key}'"
+    found = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"])
+    return str(found[0].info.run_id) if found else None
+
+
+def _created(client: "MlflowClient", experiment_id: str, run_name: str, tags: Mapping[str, str]) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with sent_once():
+            return client.create_run(experiment_id, tags=dict(tags), run_name=run_name)
+    except (MlflowException, OSError):
+        # The server may have made it and gone before it could say so.
+        if (run_id := _run_of_key(client, experiment_id, tags[KEY_TAG])) is not None:
+            return client.get_run(run_id)
+        raise
+
+
 def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
     """Return the id of the experiment, made if missing. Without a server its artefacts lie beside the database."""
     from mlflow.exceptions import MlflowException
@@ -276,7 +373,7 @@ def _url(uri: str, experiment_id: str, run_id: str) -> str:
 
 
 def _spool_of(run: RunHandle, spool: Path) -> Path:
-    return spool / run.run_id
+    return spool / (run.key or run.run_id)
 
 
 def _now_ms() -> int:

@@ -103,6 +103,25 @@ def connect(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+@contextmanager
+def sent_once() -> Iterator[None]:
+    """Requests of this process are not repeated by MLflow's client while the block runs.
+
+    It repeats any request whose answer does not come, though the server may have done what was asked: two runs, or two
+    versions of a model. Who makes something looks for it after a failure instead.
+    """
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def sqlite_path(uri: str) -> Path:
     """Return the absolute path of the file that a `sqlite:///…` URI means."""
     return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import mlflow.artifacts
@@ -23,6 +25,7 @@ from sr_models.onnx_export import check_onnx
 from sr_models.weights import load_model, save_model
 from sr_train.model_registry import register_model
 from sr_train.tracking import RunHandle, TrackingError, start_run
+from tests.support.faulty_proxy import Fault, faulty_proxy
 from tests.support.mlflow_server import MlflowServer
 
 SAMPLE = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
@@ -183,6 +186,35 @@ def test_registering_again_gives_the_same_version_and_other_weights_the_next(
     scaled = weights(tmp_path / "scaled", seed=1, residual_scaling=0.1)  # the same tensors, another network
     assert register_model(run, scaled, name="again", tags={}, sample_lr_HWC=SAMPLE).version == "3"
     assert client.get_model_version_by_alias("again", "challenger").version == "3"
+
+
+@pytest.mark.parametrize("then", ["answers", "is away"])
+def test_a_version_whose_answer_was_lost_is_not_registered_twice(
+    mlflow_server: MlflowServer, tmp_path: Path, then: str
+) -> None:
+    """The server makes the version, and goes before it has said so: for a moment, or until it is started again."""
+    lost = threading.Event()
+
+    def faults(method: str, path: str, _attempt: int) -> Fault | None:
+        if path.endswith("model-versions/create") and not lost.is_set():
+            lost.set()
+            return "lost"
+        return "drop" if lost.is_set() and away.is_set() else None
+
+    away = threading.Event()
+    with faulty_proxy(mlflow_server.uri, faults) as proxy:
+        name, folder = f"edsr-{tmp_path.name}", weights(tmp_path / "weights")
+        run = start_run(tracking_uri=proxy.url, experiment=name, run_name="r", params={}, tags={}, texts={})
+        register = partial(register_model, run, folder, name=name, tags={}, sample_lr_HWC=SAMPLE)
+        if then == "is away":
+            away.set()
+            with pytest.raises(TrackingError):
+                register()
+            away.clear()
+        assert lost.is_set() or then == "answers"
+        assert register().version == "1"
+    assert lost.is_set()
+    assert [it.version for it in MlflowClient(mlflow_server.uri).search_model_versions(f"name = '{name}'")] == ["1"]
 
 
 def test_what_does_not_work_is_not_registered(mlflow_server: MlflowServer, tmp_path: Path) -> None:

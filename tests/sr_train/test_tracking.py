@@ -17,21 +17,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from PIL import Image
 
 from sr_train import tracking_server
 from sr_train.run_facts import run_facts
 from sr_train.tracking import (
     RunHandle,
+    RunStart,
     Tracker,
     TrackingError,
+    begun,
     check_tracking,
     finish_run,
+    pending_run,
     replay_spool,
     resolve_tracking_uri,
     start_run,
 )
 from sr_train.tracking_server import redact
+from tests.support.faulty_proxy import FaultyProxy, Weather
 from tests.support.mlflow_server import MlflowServer, start_mlflow
 
 IMAGE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
@@ -268,6 +273,93 @@ def test_a_spool_that_can_not_be_written_fails_nothing(
     assert replay_spool(run, tmp_path / "spool") == 0
     with pytest.raises(TrackingError):  # and no OSError
         finish_run(replace(run, tracking_uri=refusing_server), "FAILED", spool=tmp_path / "spool")
+
+
+@pytest.fixture
+def weather() -> Weather:
+    return Weather()
+
+
+@pytest.fixture
+def proxy(mlflow_server: MlflowServer, weather: Weather) -> Iterator[FaultyProxy]:
+    """The server, where it can be away for one test."""
+    proxy = FaultyProxy(mlflow_server.uri, weather)
+    yield proxy
+    proxy.refuse_connections()
+
+
+def pending(proxy: FaultyProxy, name: str) -> RunHandle:
+    """A run named `name` in an experiment of that name."""
+    start = RunStart(
+        experiment=name, run_name=name, params={"seed": "0"}, tags={"dataset": "abc"}, texts={"config.yaml": "seed: 0"}
+    )
+    return pending_run(proxy.url, start)
+
+
+def the_run(server: MlflowServer, name: str) -> Run:
+    """The only run in the experiment of that name."""
+    client = MlflowClient(server.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    return run
+
+
+def test_a_run_that_began_without_a_server_is_made_when_it_answers(
+    mlflow_server: MlflowServer, proxy: FaultyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.refuse_connections()
+    run = pending(proxy, "began-without")
+    tracker = Tracker(run, spool=tmp_path / "spool")
+    tracker.metrics({"loss": 1.0}, step=0)
+    deadline = time.monotonic() + 30
+    while "can't be reached, training goes on" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.05)
+    tracker.image("samples/a.png", IMAGE)
+    proxy.listen()
+    tracker.metrics({"loss": 2.0}, step=1)
+    assert tracker.close(timeout_s=60) == 0
+    assert "is back" in caplog.text
+    finish_run(run, "FINISHED", spool=tmp_path / "spool")
+
+    found = the_run(mlflow_server, "began-without")
+    assert (found.info.status, found.data.params, found.data.tags["dataset"]) == ("FINISHED", {"seed": "0"}, "abc")
+    known = begun(run)
+    assert known.run_id == found.info.run_id and known.url
+    assert history(replace(known, tracking_uri=mlflow_server.uri), "loss") == [(0, 1.0), (1, 2.0)]
+    assert artefact(replace(known, tracking_uri=mlflow_server.uri), "config.yaml") == b"seed: 0"
+
+
+def test_a_run_that_never_saw_its_server_is_sent_by_the_next_that_does(
+    mlflow_server: MlflowServer, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    proxy.refuse_connections()
+    run = pending(proxy, "never-saw")
+    tracker = Tracker(run, spool=tmp_path / "spool")
+    tracker.metrics({"loss": 1.0}, step=0)
+    assert tracker.close(timeout_s=1.0) == 1
+    with pytest.raises(TrackingError, match="can't be reached"):
+        finish_run(run, "FINISHED", spool=tmp_path / "spool")
+    proxy.listen()
+    resumed = begun(replace(pending(proxy, "never-saw"), key=run.key))  # as `--resume` has it from the run's folder
+    assert replay_spool(resumed, tmp_path / "spool") == 0
+    found = the_run(mlflow_server, "never-saw")
+    assert found.info.run_id == resumed.run_id and found.info.status == "FINISHED"
+    assert history(replace(resumed, tracking_uri=mlflow_server.uri), "loss") == [(0, 1.0)]
+
+
+@pytest.mark.parametrize("then", ["answers", "is away"])
+def test_a_run_whose_answer_was_lost_is_not_made_twice(
+    mlflow_server: MlflowServer, proxy: FaultyProxy, weather: Weather, then: str
+) -> None:
+    run = pending(proxy, f"lost-and-{then}".replace(" ", "-"))
+    weather.turn_bad("lost", path="runs/create" if then == "answers" else "runs/")  # searching is lost, too
+    if then == "answers":
+        begun(run)
+    else:
+        with pytest.raises(TrackingError):
+            begun(run)
+    assert weather.num_struck > 0
+    weather.clear_up()
+    assert begun(run).run_id == the_run(mlflow_server, run.run_name).info.run_id
 
 
 def test_check_accepts_what_works(uri: str, tmp_path: Path) -> None:
