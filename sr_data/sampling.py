@@ -140,7 +140,7 @@ def worker_samples(global_batch_size: int, *, rank: int, num_workers: int, unit:
     """
     num_units = global_batch_size // unit
     if global_batch_size % unit or num_units < num_workers:
-        raise ValueError(f"{global_batch_size} samples, in units of {unit}, can't be shared out to {num_workers} workers")
+        raise ValueError(f"{global_batch_size} samples, in units of {unit}, can't be shared by {num_workers} workers")
     return range(unit * (rank * num_units // num_workers), unit * ((rank + 1) * num_units // num_workers))
 
 

@@ -1,11 +1,15 @@
 """What Ray Train's controller sees of lost and failed workers, as messages to the driver."""
 
+import re
 from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
 from sr_train.loop import Left
+
+_PROPERTY = re.compile(r"\s*\w+: \S*$")
+"""A line like "\tactor_id: 7a2a78e4" in Ray's errors."""
 
 
 class WorkerEvents(UserCallback):
@@ -36,21 +40,26 @@ def lost_or_failed(exceptions: dict[int, Exception]) -> dict[str, Any] | None:
 
 
 def _has_left(error: Exception) -> bool:
-    return Left.__name__ in str(error).splitlines()[-1] if str(error) else isinstance(error, Left)
+    """Ray hands on the text of a traceback, not the exception."""
+    return f"{Left.__module__}.{Left.__name__}: " in _last_line(error)
 
 
 def _why_dead(text: str) -> str:
-    """Ray's sentences, without its table of the actor's properties."""
-    lines = [line.strip() for line in text.splitlines()]
-    sentences = [line for line in lines if line and ": " not in line.split(" ")[0] + " " and not _is_property(line)]
-    return " ".join(sentences) or text.strip().splitlines()[0]
-
-
-def _is_property(line: str) -> bool:
-    name, colon, _ = line.partition(":")
-    return bool(colon) and name.replace("_", "").isalpha() and name.islower()
+    """From Ray's page about a dead actor what happened: its sentences, without the actor's properties and the guesses
+    at causes.
+    """
+    _, _, reason = text.partition("The actor is dead because ")
+    lines = [
+        line.strip() for line in reason.partition("Some common causes")[0].splitlines() if not _PROPERTY.match(line)
+    ]
+    return _one_line(" ".join(lines)) or _one_line(text)
 
 
 def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    """What a traceback ends with."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

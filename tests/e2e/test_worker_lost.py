@@ -1,4 +1,4 @@
-"""A training worker is killed by a signal: Ray Train replaces it, and the weights are those of a run that lost none."""
+"""A training worker is killed, or told to end: Ray Train replaces it, and the weights are as if nothing had happened."""
 
 import os
 import signal
@@ -15,6 +15,7 @@ from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair, load_pair
 from sr_data.storage import open_store
 from sr_train.mailbox import Message
+from sr_train.plan import Plan
 from sr_train.ray_cluster import connect, pair_stream
 from sr_train.ray_workers import TrainingFailedError
 from sr_train.worker import StreamPairs
@@ -31,17 +32,18 @@ def cluster() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class KillsItsWorker:
-    """A feed whose worker of rank 1 is killed, once, as its 12th image arrives: between two checkpoints."""
+class SignalsItsWorker:
+    """A feed whose worker of rank 1 gets a signal, once, as its 12th image arrives: between two checkpoints."""
 
     feed: StreamPairs
     marker: Path
+    signal: signal.Signals
 
     def __call__(self, uri: str, records: Iterable[ImageRecord], scale: int) -> Iterator[DecodedPair]:
         for number, pair in enumerate(self.feed(uri, records, scale), start=1):
             if number == 12 and dist.get_rank() == 1 and not self.marker.exists():
                 self.marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.signal)
             yield pair
 
 
@@ -61,20 +63,49 @@ def start_steps(messages: list[Message]) -> list[int]:
     return [values["step"] for kind, values in messages if kind == "start"]
 
 
-def test_a_killed_worker_changes_nothing(tiny_photos: Path, tmp_path: Path) -> None:
-    unharmed = planned(tiny_photos, tmp_path, "unharmed")
-    assert run(unharmed, []).num_restarts == 0
+@pytest.fixture(scope="module")
+def photos(request: pytest.FixtureRequest) -> Path:
+    """Images for all runs of this module: a copy of a test's own would be another dataset."""
+    return Path(request.getfixturevalue("_photos"))
 
-    harmed, messages = planned(tiny_photos, tmp_path, "harmed"), list[Message]()
+
+@pytest.fixture(scope="module")
+def unharmed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A run that nobody disturbed."""
+    plan = planned(photos, tmp_path_factory.mktemp("runs"), "unharmed")
+    assert run(plan, []).num_restarts == 0
+    return plan
+
+
+def differences(expected: Plan, got: Plan) -> list[str]:
+    """Which tensors of the last checkpoints differ in any bit."""
+    wanted, there = final_tensors(expected), final_tensors(got)
+    assert wanted.keys() == there.keys()
+    return [name for name, value in wanted.items() if not torch.equal(value, there[name])]
+
+
+def test_a_killed_worker_changes_nothing(unharmed: Plan, photos: Path, tmp_path: Path) -> None:
+    harmed, messages = planned(photos, tmp_path, "harmed"), list[Message]()
     marker = tmp_path / "killed"
-    result = run(harmed, messages, KillsItsWorker(pair_stream(harmed.config), marker))
+    result = run(harmed, messages, SignalsItsWorker(pair_stream(harmed.config), marker, signal.SIGKILL))
     assert marker.exists() and result.num_restarts == 1
     first, second = start_steps(messages)
     assert first == 0 and second % CHECKPOINT_STEPS == 0 and 0 < second < TOTAL_STEPS
+    [lost] = [values for kind, values in messages if kind == "lost"]
+    assert 1 in lost["ranks"] and lost["message"].startswith("its worker process has died"), lost
+    assert differences(unharmed, harmed) == []
 
-    expected, got = final_tensors(unharmed), final_tensors(harmed)
-    assert expected.keys() == got.keys()
-    assert [name for name, value in expected.items() if not torch.equal(value, got[name])] == []
+
+def test_a_worker_that_is_told_to_end_saves_first(unharmed: Plan, photos: Path, tmp_path: Path) -> None:
+    told, messages = planned(photos, tmp_path, "told", max_failures=0), list[Message]()
+    marker = tmp_path / "told"
+    run(told, messages, SignalsItsWorker(pair_stream(told.config), marker, signal.SIGTERM))
+    [left] = [values for kind, values in messages if kind == "left"]
+    assert "SIGTERM" in left["message"]
+    # It went on from the step at which it left, though no checkpoint was due there, and it counts as no failure.
+    assert start_steps(messages) == [0, left["step"]] and left["step"] % CHECKPOINT_STEPS != 0
+    assert "lost" not in [kind for kind, _ in messages]
+    assert differences(unharmed, told) == []
 
 
 def test_an_error_that_would_come_back_is_not_tried_again(tiny_photos: Path, tmp_path: Path) -> None:
