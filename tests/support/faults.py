@@ -94,6 +94,11 @@ class HarmedRun:
         """Lines of this job's log that begin so."""
         return [line for line in self.job.logs().splitlines() if line.startswith(start)]
 
+    def rank_0_host(self) -> str:
+        """Name of the machine with the first worker: the one that writes checkpoints and tells MLflow."""
+        lines = [line for line in self.job.logs().splitlines() if line.startswith(("training begins", "going on from"))]
+        return lines[-1].rpartition(" on ")[2].split(",")[0].rstrip(")")
+
     def finish(self) -> JobOutcome:
         """Waits for the good end of the job, and writes the record."""
         outcome = self.job.wait(timeout_s=600)
