@@ -28,7 +28,7 @@ from ray.data import ExecutionOptions, ExecutionResources, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
-from sr_data.errors import DataError, StorageError
+from sr_data.errors import DataError, ImageError, StorageError
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair, load_pair
 from sr_data.storage import Store, open_store
@@ -108,7 +108,7 @@ def stream_pairs(
                 raise
             # One image, in this process, until storage is back: that costs the cluster nothing.
             patience = Patience(seconds=patience_s)
-            load = partial(load_pair, store, pending[0], scale)
+            load = partial(_load_pair, store, pending[0], scale)
             pair = patience.spend(load, on="images can't be read", meanwhile="training waits for them", after=error)
             pending.popleft()
             yield pair
@@ -165,7 +165,7 @@ def _unbroken(
     upcoming = _next_run(tasks, source)
     try:
         with ThreadPoolExecutor(tasks.num_threads) as threads:
-            yield from threads.map(lambda record: load_pair(store, record, tasks.scale), head)
+            yield from threads.map(lambda record: _load_pair(store, record, tasks.scale), head)
         while upcoming is not None:
             with closing(upcoming.started.result()) as tables:
                 half, upcoming = upcoming.num_images // 2, None
@@ -274,7 +274,7 @@ def _load_block(block: pa.Table, *, store_uri: str, scale: int, num_threads: int
 
     def load(record: ImageRecord) -> dict[str, object]:
         try:
-            pair = load_pair(store, record, scale)
+            pair = _load_pair(store, record, scale)
         except (DataError, StorageError, MemoryError) as error:
             return {"name": record.name, "error": pickle.dumps(error)}
         height, width, _ = pair.lr_HWC.shape
@@ -293,6 +293,16 @@ def _load_block(block: pa.Table, *, store_uri: str, scale: int, num_threads: int
     except MemoryError as error:  # of the table, twice as large as the images
         failed = {"name": records[0].name, "error": pickle.dumps(error)}
         return pa.Table.from_pylist([failed], schema=_SCHEMA)
+
+
+def _load_pair(store: Store, record: ImageRecord, scale: int) -> DecodedPair:
+    """`load_pair`, but a MemoryError is one, not a sign of damage: the file was decoded when the manifest was made."""
+    try:
+        return load_pair(store, record, scale)
+    except ImageError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise MemoryError(f"no memory to decode {store.uri_of(record.hr_key)}") from error
+        raise
 
 
 def pair_bytes(record: ImageRecord, scale: int) -> int:

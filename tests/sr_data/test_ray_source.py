@@ -2,14 +2,22 @@
 
 import hashlib
 import itertools
+import os
+import pickle
+import resource
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 from PIL import Image
+from ray.exceptions import RayError
 
 from sr_data import ray_source
 from sr_data.errors import DataError, ImageError, StorageError
@@ -162,3 +170,70 @@ def test_closing_the_stream_ends_its_executions(images: Path, monkeypatch: pytes
             if thread.name.startswith(name):
                 thread.join(timeout=20)
                 assert not thread.is_alive()
+
+
+Load = Callable[..., pa.Table]
+
+
+@dataclass(frozen=True)
+class ShortOfMemory:
+    """Tasks in a process that may hold so much more memory than it does when they begin, and no more."""
+
+    load: Load
+    spare_bytes: int
+    __name__: ClassVar[str] = "load"  # which Ray Data asks for
+
+    def __call__(self, block: pa.Table, **arguments: object) -> pa.Table:
+        status = Path("/proc/self/status").read_text()
+        in_use_bytes = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData")) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (in_use_bytes + self.spare_bytes, resource.RLIM_INFINITY))
+        try:
+            return self.load(block, **arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@dataclass(frozen=True)
+class Killed:
+    """Tasks that are killed, as by the kernel when memory ends, if they have more than so many images."""
+
+    load: Load
+    max_images: int
+    __name__: ClassVar[str] = "load"
+
+    def __call__(self, block: pa.Table, **arguments: object) -> pa.Table:
+        if sum(len(pickle.loads(blob)) for blob in block["records"].to_pylist()) > self.max_images:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.load(block, **arguments)
+
+
+def test_tasks_that_lack_memory_are_made_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(24):  # 4 MB each, decoded, and ten times as much while LR is made
+        Image.new("RGB", (1000, 1000), (number, 0, 0)).save(tmp_path / f"{number:04}.png")
+    records = records_of(tmp_path)
+    monkeypatch.setattr(ray_source, "_load_block", ShortOfMemory(ray_source._load_block, 128 * 2**20))
+    pairs = list(stream(tmp_path, records, block_images=24))
+    assert [pair.name for pair in pairs] == [record.name for record in records]
+    assert [pair.hr_HWC[-1, -1].tolist() for pair in pairs] == [[number, 0, 0] for number in range(24)]
+    assert "decoding broke off (" in caplog.text and "with 6 images a task" in caplog.text
+
+
+def test_tasks_that_are_killed_are_made_smaller(
+    images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_source, "_MAX_TASK_TRIES", 0)
+    monkeypatch.setattr(ray_source, "_load_block", Killed(ray_source._load_block, max_images=3))
+    records = records_of(images)
+    assert_same(list(stream(images, records, block_images=NUM_IMAGES)), images, records)
+    assert caplog.text.count("decoding broke off (") == 1
+    assert "going on at 0000 with 2 images a task, 1 at a time" in caplog.text
+
+
+def test_an_image_that_no_task_survives_ends_the_stream(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_source, "_MAX_TASK_TRIES", 0)
+    monkeypatch.setattr(ray_source, "_MAX_BREAKS", 1)
+    monkeypatch.setattr(ray_source, "_load_block", Killed(ray_source._load_block, max_images=0))
+    with pytest.raises(RayError):
+        list(stream(images, records_of(images)))
