@@ -17,6 +17,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from tests.support.machines import start_network, why_no_machines
 from tests.support.mlflow_server import MlflowServer, start_mlflow
+from tests.support.node_runs import FinishedRun, run_unharmed, stage_photos
 from tests.support.nodes import Site, start_nodes
 from tests.support.perceptual import save_random_features
 from tests.support.ray_head import RayHead, start_ray_head
@@ -33,6 +34,8 @@ SETTINGS = {
     # by a thread of Ray's; where nobody has answered for a minute it ends the process, with status 1 and no word.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
     "RAY_AUTH_MODE": "disabled",  # right for loopback only: the clusters of the tests live there
+    # Ray makes its workers wait behind every other process of the machine (niceness 15), and the tests are some.
+    "RAY_worker_niceness": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -162,6 +165,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         mlflow = start_mlflow(tmp_path_factory.mktemp("mlflow"), host=network.host_ip)
         stack.callback(mlflow.child.stop)
         yield Site(start_nodes(network, num_nodes=2, cpus_per_node=2), s3, mlflow)
+
+
+@pytest.fixture(scope="session")
+def unharmed_run(site: Site, _photos: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run over the site's two nodes, with which others are compared."""
+    return run_unharmed(site, stage_photos(site, _photos, tmp_path_factory.mktemp("photos")))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from sr_train.checkpoint import key_of_step, step_of_key
-from tests.support.node_runs import BATCH, NodeRun
+from tests.support.node_runs import BATCH, STEPS, STEPS_BETWEEN, NodeRun
 from tests.support.process import ServerError
 from tests.support.ray_head import Job, JobOutcome
 from tests.support.s3_gate import S3Gate
@@ -27,11 +27,10 @@ RECORD = os.environ.get("SR_FAULT_RECORD")
 
 @dataclass
 class HarmedRun:
-    """A run and what is done to it. `steps_between`: its checkpoints' distance."""
+    """A run and what is done to it."""
 
     run: NodeRun
     gate: S3Gate
-    steps_between: int
     seed: int
     arguments: tuple[object, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
@@ -46,14 +45,14 @@ class HarmedRun:
         """The same command, whether or not the run has begun."""
         env = {"AWS_ENDPOINT_URL": self.gate.url, **self.env}
         arguments = ["--resume", "--run.max-failures", 10, *self.arguments]
-        self.job = self.run.start(*arguments, env=env, steps_between_checkpoints=self.steps_between)
+        self.job = self.run.start(*arguments, env=env)
 
     def random_moment(self, after_step: int) -> None:
         """Returns up to a second after the first checkpoint at or after this step: some checkpoints' distance."""
         self._wait_for_checkpoint(after_step)
         time.sleep(self.rng.uniform(0, 1))
 
-    def _wait_for_checkpoint(self, step: int, *, timeout_s: float = 240.0) -> int:
+    def _wait_for_checkpoint(self, step: int, *, timeout_s: float = 400.0) -> int:
         """The newest step that is saved, once that is `step` or later."""
         deadline = time.monotonic() + timeout_s
         while (newest := self.newest_saved()) < step:
@@ -75,14 +74,14 @@ class HarmedRun:
 
     def next_checkpoint(self) -> int:
         """The step of a checkpoint that is not begun yet."""
-        return (self.newest_saved() // self.steps_between + 2) * self.steps_between
+        return (self.newest_saved() // STEPS_BETWEEN + 2) * STEPS_BETWEEN
 
     def inflict(self, fault: str, do: Callable[[], object]) -> None:
         """Does it, and notes what and when."""
         self.faults.append({"fault": fault, "seed": self.seed, "newest_checkpoint": self.newest_saved()})
         do()
 
-    def wait_until_going_on(self, *, times: int = 1, timeout_s: float = 180.0) -> None:
+    def wait_until_going_on(self, *, times: int = 1, timeout_s: float = 400.0) -> None:
         """Returns once this job's log has said so many times from where the run goes on."""
         deadline = time.monotonic() + timeout_s
         while len(self.said("going on from step")) < times:
@@ -127,5 +126,5 @@ class HarmedRun:
 def budget_is_spent_once(run: NodeRun, folder: Path) -> None:
     """The last checkpoint has seen every patch of the budget, and all checkpoints can be read."""
     saved = run.checkpoints(folder)
-    assert saved[run.steps].meta["patches_seen"] == run.steps * BATCH
+    assert saved[STEPS].meta["patches_seen"] == STEPS * BATCH
     assert all(checkpoint.meta["patches_seen"] == step * BATCH for step, checkpoint in saved.items())

@@ -27,7 +27,7 @@ class Held:
     _released: asyncio.Event = field(default_factory=asyncio.Event)
     _torn: bool = False
 
-    def wait(self, timeout_s: float = 120.0) -> None:
+    def wait(self, timeout_s: float = 240.0) -> None:
         """Returns once half of it has passed and the rest waits; TimeoutError if nobody sends it."""
         if not self._reached.wait(timeout_s):
             raise TimeoutError(f"no request {self.start.decode()!r} within {timeout_s:.0f} s")
