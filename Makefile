@@ -6,14 +6,14 @@ UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 INSTALL = UV_HTTP_TIMEOUT=300 $(UV) pip install --quiet --python $(BIN)/python
 COMPILE = uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 	--custom-compile-command "make lock"
-TYPED := sr_data sr_models sr_serve sr_train pipelines
+TYPED := sr_data sr_models sr_serve sr_train pipelines tools
 BENCHMARKS := patch_pool training_step pipeline_overhead whole_pipeline decoding inference basicsr_feed
 DIR ?= build/benchmarks
 # Two test processes: half of a test's time is waiting for servers and clusters. The end-to-end tests come first, in one.
 TOGETHER := -n 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run check lint test test-fast bench format lock clean
+.PHONY: help run check lint audit test test-fast bench format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -21,13 +21,16 @@ help:  ## this list
 run: .venv/.run  ## set up, then train the small default EDSR (ARGS="--preset …" for more)
 	$(BIN)/python pipelines/train_edsr.py $(ARGS)
 
-check: lint test  ## set up, then everything that CI checks
+check: lint audit test  ## set up, then everything that CI checks
 
 lint: .venv/.dev  ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(TYPED)
 	$(BIN)/lint-imports
+
+audit: .venv/.dev  ## the locked versions: known vulnerabilities, withdrawn releases, abandoned projects
+	$(BIN)/python tools/audit_dependencies.py
 
 test: .venv/.dev  ## all tests (ARGS="-k word" picks some)
 	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)

@@ -94,7 +94,11 @@ def _run(plan: Plan, script_started_s: float) -> str:
         job = make_job(
             plan, tracking=tracking, owner=owner, git_sha=facts["git_sha"], script_started_s=script_started_s
         )
-        result = finished_result(plan) or _fit(plan, job)
+        result = finished_result(plan)
+        if result is not None:
+            print(f"run {plan.config.run.name} is complete: nothing is trained again", flush=True)
+        else:
+            result = _fit(plan, job)
         status = "FINISHED"
         conclusion = conclude(plan, store, tracking, result)
     except Interrupted as interrupted:

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -71,6 +73,7 @@ def connect() -> None:
         port = probe.getsockname()[1]
     previous = os.environ.get(_API_SERVER)
     os.environ[_API_SERVER] = f"http://127.0.0.1:{port}"
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # Ray's warnings are about clusters that others run; errors are shown.
         context = ray.init(
@@ -81,6 +84,8 @@ def connect() -> None:
             raise
         raise ConfigError(f"{_ADDRESS}={os.environ[_ADDRESS]} is no Ray cluster: {error}; {_ADDRESS_ADVICE}") from error
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts in its own, which would end a driver at once
         if previous is None:
             del os.environ[_API_SERVER]
         else:
