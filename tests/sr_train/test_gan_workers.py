@@ -1,4 +1,5 @@
-"""Adversarial training on several workers: two train as one, each rank's gradient counts, a restart changes no bit.
+"""Adversarial training on several workers: two, or three with unequal shares, train as one, each rank's gradient
+counts, a restart changes no bit.
 
 Real gloo processes. Each group of workers runs all its scenarios once; the tests compare what they report.
 """
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from sr_data.sampling import worker_samples
 from sr_data.storage import open_store
 from sr_train.adversarial_learner import AdversarialLearner
 from sr_train.checkpoint import Checkpoint, latest_key, read_checkpoint, write_checkpoint
@@ -51,14 +53,20 @@ NUM_PATCHES, NUM_STEPS = 8, 3
 
 def batches_of(step: int, num_micro: int, collective: Collective) -> list[Batch]:
     """This worker's part of each micro-batch."""
-    rank, world_size = collective.rank, collective.world_size
     lr_NCHW, hr_NCHW = patches(step, NUM_PATCHES)
+    mine = worker_samples(NUM_PATCHES // num_micro, rank=collective.rank, num_workers=collective.world_size)
+    part = slice(mine.start, mine.stop)
     parts = zip(lr_NCHW.chunk(num_micro), hr_NCHW.chunk(num_micro), strict=True)
-    return [(lr.chunk(world_size)[rank], hr.chunk(world_size)[rank]) for lr, hr in parts]
+    return [(lr[part], hr[part]) for lr, hr in parts]
+
+
+def weighted(collective: Collective, num_micro: int) -> Collective:
+    num_samples = sum(len(lr_NCHW) for lr_NCHW, _ in batches_of(0, num_micro, collective))
+    return dataclasses.replace(collective, weight=num_samples * collective.world_size / NUM_PATCHES)
 
 
 def trained(collective: Collective, num_micro: int, **options: Any) -> Outcome:
-    ours = adversarial_learner(collective=collective, **options)
+    ours = adversarial_learner(collective=weighted(collective, num_micro), **options)
     reports, states = [], []
     for step in range(NUM_STEPS):
         ours.step(batches_of(step, num_micro, collective), learning_rate=1e-3)
@@ -156,11 +164,34 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+def _three(rank: int, world_size: int, folder: str) -> None:
+    """8 patches: 2, 3 and 3; as two micro-batches of 4: 1, 1 and 2."""
+    collective = _join(rank, world_size, folder)
+    outcome = {
+        f"{name}, {num_micro}": trained(collective, num_micro, **options)
+        for name, options in TRAININGS.items()
+        for num_micro in (1, 2)
+    }
+    torch.save(outcome, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    folder = tmp_path_factory.mktemp("three")
+    mp.spawn(_three, args=(3, str(folder)), nprocs=3)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(3)]
+
+
+@pytest.mark.parametrize("workers", ["two", "three"])
 @pytest.mark.parametrize("num_micro", [1, 2])
 @pytest.mark.parametrize("name", TRAININGS)
-def test_two_workers_train_as_one(name: str, num_micro: int, alone: Outcome, two: list[Outcome]) -> None:
+def test_workers_train_as_one(
+    name: str, num_micro: int, workers: str, alone: Outcome, request: pytest.FixtureRequest
+) -> None:
     """To rounding, which grows where an activation changes sides, and so is small only after the first step."""
-    expected, (first, second) = alone[f"{name}, {num_micro}"], [outcome[f"{name}, {num_micro}"] for outcome in two]
+    expected = alone[f"{name}, {num_micro}"]
+    first, second = [outcome[f"{name}, {num_micro}"] for outcome in request.getfixturevalue(workers)][:2]
     assert first["reports"] == second["reports"]
     assert first["reports"][0] == pytest.approx(expected["reports"][0], rel=1e-5, abs=1e-7)
     for step in range(NUM_STEPS):

@@ -1,6 +1,7 @@
 """One optimiser step: the same on one worker and two, clipped, averaged, and restored with its optimiser."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from sr_data.sampling import worker_samples
 from sr_models.architectures import build_model
 from sr_models.edsr import EDSRConfig
 from sr_models.srresnet import SRResNetConfig
@@ -121,11 +123,13 @@ def test_bf16_stays_close_to_float32() -> None:
 def _on_rank(rank: int, world_size: int, folder: str, poisoned_rank: int | None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
-    ours = learner(OptimConfig(clip_grad_norm=0.5, ema_decay=0.9), Collective.of_process_group())
+    mine = worker_samples(8, rank=rank, num_workers=world_size, unit=2)  # of three workers, one has half as many
+    share = slice(mine.start, mine.stop)
+    collective = replace(Collective.of_process_group(), weight=len(mine) * world_size / 8)
+    ours = learner(OptimConfig(clip_grad_norm=0.5, ema_decay=0.9), collective)
     losses: list[float] = []
     error: str | None = None
     lr_NCHW, hr_NCHW = patches(8)
-    share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
     if rank == poisoned_rank:
         hr_NCHW = hr_NCHW * torch.inf
     try:
@@ -170,9 +174,10 @@ def test_three_workers_add_in_the_same_order_after_a_restart(tmp_path: Path) -> 
             assert torch.equal(value, states["stopped"][group][name]), (group, name)
 
 
-def test_two_workers_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_workers_train_as_one(tmp_path: Path, num_workers: int) -> None:
     (alone,) = on_workers(tmp_path / "one", 1)
-    first, second = on_workers(tmp_path / "two", 2)
+    first, second, *_ = on_workers(tmp_path / "several", num_workers)
     assert first["losses"] == second["losses"]
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     for group, values in alone["state"].items():
