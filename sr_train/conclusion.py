@@ -210,6 +210,8 @@ def _report(
             ("start", f"first step {measures['seconds_to_first_step']:.1f} s after the script's start"),
             ("memory", f"{measures['peak_memory_gib']:.1f} GiB at most in rank 0's process"),
         ]
+    if missing := int(measures.get("undelivered_tracking_items", 0)):
+        rows.append(("tracking", f"{missing} metrics or pictures had not reached MLflow when training ended"))
     rows += [
         ("checkpoint", uri),
         ("picture", store.uri_of(COMPARISON_KEY)),

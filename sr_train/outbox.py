@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -94,17 +95,15 @@ class Outbox:
         self._sender.join(max(0.0, deadline - time.monotonic()))
         self._abandoned.set()
         # A writer that a full disk holds up has one record in its hands and the end mark in the queue: they cancel.
-        undelivered = self._num_dropped + self._queue.qsize()
+        undelivered = num_lost = self._num_dropped + self._queue.qsize()
         for segment in [*self._inherited, self._segment]:
             undelivered += _give_up(segment)
         if undelivered:
-            logger.warning("%d records for %s were not delivered; %s", undelivered, self._receiver, self._where())
+            lost = f"{num_lost} of them are lost, as the disk refused them; the rest waits" if num_lost else "they wait"
+            where = f"{lost} in {self._segment.folder.parent}"
+            logger.warning("%d records for %s were not delivered; %s", undelivered, self._receiver, where)
         self._closed_with = undelivered
         return undelivered
-
-    def _where(self) -> str:
-        dropped = f" ({self._num_dropped} of them lost: the disk refused them)" if self._num_dropped else ""
-        return f"they wait in {self._segment.folder.parent}{dropped}"
 
     def _write(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -165,7 +164,8 @@ def send_all(segment: Segment, deliver: Deliver, abandoned: threading.Event | No
             return  # close() has given the segment up; delivering twice is harmless
         for record, reason in refused:
             logger.warning("a %s record was refused for good: %s", record["kind"], reason)
-            segment.set_aside(record, reason)
+            with suppress(OSError):  # a full disk: it is dropped, which the line above says
+                segment.set_aside(record, reason)
         segment.mark_sent((record for record, _ in group), group[-1][1])
 
 

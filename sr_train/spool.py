@@ -21,6 +21,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,13 @@ logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 """Plain JSON. A record with the key "file" has its content in the segment, at that relative path."""
+
+
+def spool_root() -> Path:
+    """Where this machine's spools are. Unlike `tempfile.gettempdir` it writes nothing to find out, which fails where
+    the disk is full.
+    """
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"sr-tracking-{os.getuid()}"
 
 
 class Segment:
@@ -107,8 +115,10 @@ class Segment:
         """Note that everything up to `offset` is delivered (or set aside) and drop the files of these `records`."""
         self.offset = offset
         temporary = self._sent.with_suffix(".new")
-        temporary.write_text(str(offset))
-        temporary.replace(self._sent)
+        # A full disk: this process knows what is sent, and another one would send it again, which changes nothing.
+        with suppress(OSError):
+            temporary.write_text(str(offset))
+            temporary.replace(self._sent)
         for record in records:
             if "file" in record:
                 shutil.rmtree((self.folder / record["file"]).parent, ignore_errors=True)

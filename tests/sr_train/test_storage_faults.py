@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sr_data import storage_patience, storage_s3
 from sr_data.storage import open_store
 from sr_models.edsr import EDSRConfig
 from sr_train import checkpoint as ckpt
+from sr_train import worker
 from sr_train.config import TrainConfig
 from sr_train.driver import make_job
 from sr_train.loop import CheckpointWriteError, Position
@@ -30,7 +32,9 @@ from sr_train.options import CheckpointConfig, DataConfig, OptimConfig, RunConfi
 from sr_train.placement import ClusterFacts
 from sr_train.plan import Plan, make_plan
 from sr_train.run_folder import checkpoint_store, claim
+from sr_train.tracking import RunHandle, RunStart, Tracker, pending_run
 from sr_train.worker import run_worker
+from tests.support.disk import small_disk
 from tests.support.faulty_proxy import Fault, FaultyProxy, Weather
 from tests.support.s3 import S3Server
 
@@ -92,17 +96,23 @@ class Run:
     """(kind of message, step) at which the weather turns: the fault, and the methods and paths that it strikes."""
     told: list[str] = field(default_factory=list)
     clears_up: bool = True
+    tracking: RunHandle | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     def go(self) -> Position:
         job = make_job(
-            self.plan, tracking=None, owner=claim(open_store(self.plan.run_uri)), git_sha="x", script_started_s=0.0
+            self.plan,
+            tracking=self.tracking,
+            owner=claim(open_store(self.plan.run_uri)),
+            git_sha="x",
+            script_started_s=0.0,
         )
         logger, handler = logging.getLogger("sr_data.storage_patience"), _Tells(self.tell)
         logger.addHandler(handler)
         try:
             if ("begin", 0) in self.storms:  # the owner is known, nothing else was read yet
                 self.turn_bad(*self.storms["begin", 0])
-            position, _ = run_worker(replace(job), device=torch.device("cpu"), send=self.hear)
+            position, self.measures = run_worker(job, device=torch.device("cpu"), send=self.hear)
         finally:
             logger.removeHandler(handler)
             self.site.weather.clear_up()
@@ -238,3 +248,22 @@ def test_when_patience_ends_the_earlier_checkpoints_are_there_to_go_on_from(
     again = Run(site, site.plan("given-up"))
     assert again.go().step == TOTAL_STEPS
     assert_same(expected, all_tensors(again.plan))
+
+
+def test_a_worker_whose_disk_is_full_trains_on(
+    site: Site, expected: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What MLflow should have been told is lost, counted and said: there is no server, and no room to keep it."""
+    plan = site.plan("full")
+    start = RunStart(experiment="full", run_name="full", params={}, tags={}, texts={})
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        (disk / "filler").write_bytes(bytes(64 * 1024))
+        monkeypatch.setattr(worker, "SPOOL", disk / "spool")
+        monkeypatch.setattr(Tracker, "close", partialmethod(Tracker.close, 1.0))  # a worker's last try takes 30 s
+        run = Run(site, plan, tracking=pending_run("http://127.0.0.1:9", start))
+        assert run.go().step == TOTAL_STEPS
+    assert run.measures["undelivered_tracking_items"] > 0
+    assert_same(expected, all_tensors(plan))
+    record(
+        fault="disk full", moment="spool", seed=None, steps_redone=0, outcome="same weights; curves lost and counted"
+    )

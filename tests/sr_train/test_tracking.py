@@ -10,7 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from sr_train.tracking import (
     start_run,
 )
 from sr_train.tracking_server import redact
+from tests.support.disk import small_disk
 from tests.support.faulty_proxy import FaultyProxy, Weather
 from tests.support.mlflow_server import MlflowServer, start_mlflow
 
@@ -310,9 +312,7 @@ def test_a_run_that_began_without_a_server_is_made_when_it_answers(
     run = pending(proxy, "began-without")
     tracker = Tracker(run, spool=tmp_path / "spool")
     tracker.metrics({"loss": 1.0}, step=0)
-    deadline = time.monotonic() + 30
-    while "can't be reached, training goes on" not in caplog.text and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: "can't be reached, training goes on" in caplog.text)
     tracker.image("samples/a.png", IMAGE)
     proxy.listen()
     tracker.metrics({"loss": 2.0}, step=1)
@@ -360,6 +360,53 @@ def test_a_run_whose_answer_was_lost_is_not_made_twice(
     assert weather.num_struck > 0
     weather.clear_up()
     assert begun(run).run_id == the_run(mlflow_server, run.run_name).info.run_id
+
+
+def test_a_disk_that_is_full_for_a_while_loses_nothing(
+    mlflow_server: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = new_run(mlflow_server.uri)
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        tracker = Tracker(run, spool=disk / "spool")
+        fill(disk)
+        started_s = time.perf_counter()
+        for step in range(1000):
+            tracker.metrics({"loss": float(step)}, step=step)
+        tracker.image("samples/a.png", IMAGE)
+        assert time.perf_counter() - started_s < 5
+        wait_for(lambda: "can't be written" in caplog.text)
+        (disk / "filler").unlink()
+        assert tracker.close(timeout_s=60) == 0
+    assert sorted(history(run, "loss")) == [(step, float(step)) for step in range(1000)]
+    assert artefact(run, "samples/a.png")
+
+
+def test_a_disk_that_stays_full_is_counted_and_said(
+    mlflow_server: MlflowServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = new_run(mlflow_server.uri)
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        tracker = Tracker(run, spool=disk / "spool")
+        fill(disk)
+        for step in range(1000):
+            tracker.metrics({"loss": float(step)}, step=step)
+        wait_for(lambda: "can't be written" in caplog.text)
+        missing = tracker.close(timeout_s=2.0)
+        assert missing == 1000 - len(history(run, "loss")) > 0  # a record or two still fitted on the last page
+        assert f"{missing} of them are lost, as the disk refused them" in caplog.text
+
+
+def fill(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(512))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
 
 
 def test_check_accepts_what_works(uri: str, tmp_path: Path) -> None:
