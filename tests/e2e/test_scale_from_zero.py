@@ -1,0 +1,98 @@
+"""cluster.yaml's CPU nodes under Ray's autoscaler: none at first, those that a run waits for, and none again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config
+
+from tests.support.machines import start_network, why_no_machines
+from tests.support.nodes import DASHBOARD_PORT, GCS_PORT
+from tests.support.pipeline import REPO
+from tests.support.process import answers_http
+from tests.support.ray_head import RAY, RayHead
+
+pytestmark = pytest.mark.e2e
+
+IDLE_MINUTES = 0.2
+NODE = "cpu_worker"
+
+
+@dataclass(frozen=True)
+class ScalingCluster:
+    """A head that starts and ends nodes by itself."""
+
+    head: RayHead
+
+    def num_nodes(self) -> int:
+        """Worker nodes that are there, by `ray status`."""
+        env = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        command = [RAY, "status", "--address", self.head.address]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+        active = done.stdout.partition("Active:")[2].partition("Pending:")[0].splitlines()
+        return sum(int(line.split()[0]) for line in active if line.endswith(NODE))
+
+
+@pytest.fixture
+def cluster(repo: Path, tmp_path: Path) -> Iterator[ScalingCluster]:
+    """Ray's provider of nodes that are processes of the head's machine; it expects the head at Ray's usual port, so
+    that machine is one of its own.
+    """
+    if reason := why_no_machines():
+        pytest.skip(reason)
+    config = prepare_config(yaml.safe_load((repo / "cluster.yaml").read_text()))
+    types = {"ray.head.default": config["available_node_types"]["head"], NODE: config["available_node_types"][NODE]}
+    for it in types.values():
+        it["node_config"] = {}
+    types[NODE]["resources"] = {"CPU": 2}  # a second node is needed for the second worker
+    config |= {"provider": {"type": "fake_multinode"}, "available_node_types": types, "docker": {}, "auth": {}}
+    config |= {"head_node_type": "ray.head.default", "file_mounts": {}, "initialization_commands": []}
+    config["idle_timeout_minutes"] = IDLE_MINUTES
+    written = tmp_path / "cluster.yaml"
+    written.write_text(yaml.safe_dump(config))
+    dropped = ("RAY_", "AWS_", "MLFLOW_", "PYTEST_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    env |= {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp", "RAY_USAGE_STATS_ENABLED": "0", "RAY_FAKE_CLUSTER": "1"}
+    env |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_worker_niceness": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    network = start_network(tmp_path)
+    try:
+        command = [RAY, "start", "--head", "--block", "--node-ip-address={ip}", "--dashboard-host={ip}", "--num-cpus=0"]
+        command += [f"--port={GCS_PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--autoscaling-config={written}"]
+        command += ["--object-store-memory=150000000", "--disable-usage-stats"]
+        machine = network.start_machine("head", command, env=env)
+        url = f"http://{machine.ip}:{DASHBOARD_PORT}"
+        machine.child.wait_until(lambda: answers_http(f"{url}/api/version"), timeout_s=180)
+        yield ScalingCluster(RayHead(f"{machine.ip}:{GCS_PORT}", url, machine.child))
+    finally:
+        network.close()
+
+
+@pytest.mark.timeout(900)
+def test_nodes_come_for_a_run_that_waits_for_them_and_go_when_it_has_ended(
+    cluster: ScalingCluster, tmp_path: Path
+) -> None:
+    assert cluster.num_nodes() == 0
+    command = [
+        *(sys.executable, "pipelines/train_edsr.py", "--run.wait-for-nodes", "--run.device", "cpu"),
+        *("--model.num-blocks", "1", "--model.num-channels", "4", "--data.patch-px-hr", "32"),
+        *("--optim.total-patches", "64", "--optim.global-batch-size", "16", "--schedule.warmup-patches", "16"),
+        *("--validation.interval-patches", "64", "--run.num-workers", "2", "--run.cpus-per-worker", "1.5"),
+        *("--run.storage", str(tmp_path / "runs"), "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"),
+    ]
+    job = cluster.head.start_job(" ".join(command), working_dir=REPO)
+    outcome = job.wait(timeout_s=600)
+    assert outcome.exit_code == 0, outcome.logs
+    assert "no room for 2 workers now: training begins once nodes are added" in outcome.logs
+    assert cluster.num_nodes() == 2
+    deadline = time.monotonic() + 60 * IDLE_MINUTES + 180
+    while (num_nodes := cluster.num_nodes()) > 0:
+        assert time.monotonic() < deadline, f"{num_nodes} idle nodes are still there"
+        time.sleep(1)
