@@ -53,6 +53,7 @@ def assert_unharmed(harmed: HarmedRun, unharmed: dict[str, torch.Tensor], folder
     budget_is_spent_once(harmed.run, folder)
     assert_equal_tensors(unharmed, harmed.run.final_tensors(folder))
     assert len(harmed.run.versions()) == 1
+    harmed.record("same weights to the last bit, one version")
 
 
 def assert_names(lines: list[str], nodes: list[str]) -> None:
@@ -238,3 +239,4 @@ def test_an_elastic_run_shrinks_with_its_nodes_and_grows_with_them(
     harmed.finish()
     budget_is_spent_once(run, tmp_path)
     assert len(run.versions()) == 1
+    harmed.record("every patch of the budget once, one version")

@@ -99,17 +99,21 @@ class HarmedRun:
         return lines[-1].rpartition(" on ")[2].split(",")[0].rstrip(")")
 
     def finish(self) -> JobOutcome:
-        """Waits for the good end of the job, and writes the record."""
+        """Waits for the good end of the job."""
         outcome = self.job.wait(timeout_s=600)
-        redone = self._redone_steps()
-        for number, fault in enumerate(self.faults):
-            fault |= {"exit_code": outcome.exit_code, "run": self.run.name}
-            fault["steps_redone"] = redone[number] if len(redone) == len(self.faults) else redone
-            if RECORD:
-                with Path(RECORD).open("a") as file:
-                    file.write(json.dumps(fault) + "\n")
         assert outcome.exit_code == 0, outcome.logs
         return outcome
+
+    def record(self, outcome: str) -> None:
+        """Appends each fault to the record, with what became of the run."""
+        redone = self._redone_steps()
+        for number, fault in enumerate(self.faults):
+            # All of the run together where it is not clear which fault cost which steps.
+            steps = redone[number] if len(redone) == len(self.faults) else sum(redone)
+            fault |= {"run": self.run.name, "steps_redone": steps, "outcome": outcome}
+        if RECORD:
+            with Path(RECORD).open("a") as file:
+                file.writelines(json.dumps(fault) + "\n" for fault in self.faults)
 
     def _redone_steps(self) -> list[int]:
         """For each time that training went back: how many steps back, as far as MLflow was told."""
