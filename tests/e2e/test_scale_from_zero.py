@@ -53,7 +53,8 @@ def cluster(repo: Path, tmp_path: Path) -> Iterator[ScalingCluster]:
     for it in types.values():
         it["node_config"] = {}
     types[NODE]["resources"] = {"CPU": 2}  # a second node is needed for the second worker
-    config |= {"provider": {"type": "fake_multinode"}, "available_node_types": types, "docker": {}, "auth": {}}
+    provider = {"type": "fake_multinode", "disable_node_updaters": True}  # its nodes begin with Ray running
+    config |= {"provider": provider, "available_node_types": types, "docker": {}}
     config |= {"head_node_type": "ray.head.default", "file_mounts": {}, "initialization_commands": []}
     config["idle_timeout_minutes"] = IDLE_MINUTES
     written = tmp_path / "cluster.yaml"
