@@ -155,6 +155,7 @@ def test_a_service_that_does_not_answer_is_asked_again(repo: Path, imds: Imds, t
         child.stop()
 
 
+@pytest.mark.e2e
 def test_a_notice_drains_the_node_that_it_is_about(repo: Path, imds: Imds, tmp_path: Path) -> None:
     port, manager = free_ports(2)
     program = (sys.executable, repo / "docker" / "spot_notice.py")
