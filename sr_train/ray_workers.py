@@ -160,8 +160,10 @@ class _Group:
         self._mailbox = _mailbox()
         self._error: Exception | None = None
         self.is_fatal = False
-        self._thread = threading.Thread(target=self._fit, args=(run,), name="ray-train-fit", daemon=True)
-        self._thread.start()
+        # Not the thread's own state: a signal handler that raises while a thread is joined leaves it marked as ended
+        # (Python's issue 45274), and drivers are told to stop by just that.
+        self._ended = threading.Event()
+        threading.Thread(target=self._fit, args=(run,), name="ray-train-fit", daemon=True).start()
 
     def _fit(self, run: TrainRunConfig) -> None:
         """In a thread, so that the caller's can be interrupted: Ray's own wait notices signals late or not at all."""
@@ -171,9 +173,11 @@ class _Group:
                 _trainer(run, self._mailbox, ray_state).fit()
         except Exception as error:  # noqa: BLE001  told to whoever waits for messages
             self._error = error
+        finally:
+            self._ended.set()
 
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return not self._ended.is_set()
 
     def place(self, order: Order) -> None:
         ray.get(self._mailbox.place.remote(order))
@@ -188,8 +192,7 @@ class _Group:
         """What the workers send, for as long as Ray Train runs, or until that time of time.monotonic()."""
         alive, idle_since_s = True, time.monotonic()
         while alive and time.monotonic() < until_s:
-            self._thread.join(POLL_INTERVAL_S)
-            alive = self._thread.is_alive()
+            alive = not self._ended.wait(POLL_INTERVAL_S)
             for kind, values in ray.get(self._mailbox.take.remote()):
                 # A long validation is silent too, so only what precedes a start counts as waiting.
                 idle_since_s = time.monotonic() if kind in ("lost", "left") else math.inf
@@ -207,7 +210,7 @@ class _Group:
     def close(self, *, wait: bool) -> None:
         self._mailbox.close.remote()
         if wait:
-            self._thread.join()
+            self._ended.wait()
 
 
 def _mailbox() -> Any:
