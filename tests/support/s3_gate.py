@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -78,6 +78,15 @@ class S3Gate:
         held = Held(start.encode(), self._loop)
         self._helds.append(held)
         return held
+
+    @contextmanager
+    def checkpoints_take(self, seconds: float) -> Iterator[None]:
+        """That long each, for as long as the block lasts."""
+        before_s, self._checkpoint_s = self._checkpoint_s, seconds
+        try:
+            yield
+        finally:
+            self._checkpoint_s = before_s
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
