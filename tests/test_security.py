@@ -7,9 +7,12 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 import numpy as np
@@ -256,3 +259,53 @@ def test_a_password_in_a_storage_uri_is_refused_without_being_said(scheme: str) 
     with pytest.raises(StorageError) as caught:
         open_store(f"{scheme}://key:{SECRET}@bucket/div2k")
     assert "bucket/div2k" in str(caught.value) and SECRET not in str(caught.value)
+
+
+def processes_below(pid: int) -> list[int]:
+    """A process and all that it has started, and they."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has just ended
+            continue
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+def listening(pids: list[int]) -> list[tuple[IPv4Address | IPv6Address, int]]:
+    """Addresses and ports on which these processes take TCP connections."""
+    inodes = set()
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes.add(os.readlink(path))
+            except OSError:
+                continue
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in inodes:
+                address, _, port = local.partition(":")
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.append((ip_address(b"".join(words)), int(port, 16)))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets are looked up in Linux's /proc")
+def test_a_cluster_that_a_script_starts_listens_on_loopback_only() -> None:
+    """No other machine can reach Ray's dashboard, which starts jobs, nor anything else of it."""
+    code = "from sr_train.ray_cluster import connect; connect(); print('ready', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout.readline() == "ready\n"
+        sockets = listening(processes_below(child.pid))
+        child.stdin.write("\n")
+    assert len(sockets) >= 5  # GCS, raylet, dashboard, agents
+    mapped = {getattr(address, "ipv4_mapped", None) or address for address, _ in sockets}
+    assert all(address.is_loopback for address in mapped), sockets
