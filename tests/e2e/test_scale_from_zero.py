@@ -82,17 +82,18 @@ def test_nodes_come_for_a_run_that_waits_for_them_and_go_when_it_has_ended(
 ) -> None:
     assert cluster.num_nodes() == 0
     command = [
-        *(sys.executable, "pipelines/train_edsr.py", "--run.wait-for-nodes", "--run.device", "cpu"),
+        *(sys.executable, REPO / "pipelines" / "train_edsr.py", "--run.wait-for-nodes", "--run.device", "cpu"),
         *("--model.num-blocks", "1", "--model.num-channels", "4", "--data.patch-px-hr", "32"),
         *("--optim.total-patches", "64", "--optim.global-batch-size", "16", "--schedule.warmup-patches", "16"),
         *("--validation.interval-patches", "64", "--run.num-workers", "2", "--run.cpus-per-worker", "1.5"),
         *("--run.storage", str(tmp_path / "runs"), "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"),
     ]
-    job = cluster.head.start_job(" ".join(command), working_dir=REPO)
-    outcome = job.wait(timeout_s=600)
-    assert outcome.exit_code == 0, outcome.logs
-    assert "no room for 2 workers now: training begins once nodes are added" in outcome.logs
-    assert cluster.num_nodes() == 2
+    # No --working-dir: these nodes share the head's session, and one that ends would take the job's folder along.
+    submit = [RAY, "job", "submit", "--address", cluster.head.jobs_url, "--", *command]
+    job = subprocess.run(submit, capture_output=True, text=True, timeout=700)
+    assert job.returncode == 0, job.stdout + job.stderr
+    # The head has no CPU, and a node has room for one of the two workers.
+    assert "no room for 2 workers now: training begins once nodes are added" in job.stdout
     deadline = time.monotonic() + 60 * IDLE_MINUTES + 180
     while (num_nodes := cluster.num_nodes()) > 0:
         assert time.monotonic() < deadline, f"{num_nodes} idle nodes are still there"
