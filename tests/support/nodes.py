@@ -144,8 +144,8 @@ def start_nodes(network: Network, *, num_nodes: int, cpus_per_node: int) -> RayN
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     # On a network of their own: whoever can reach it belongs to this test.
     env |= {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp", "RAY_USAGE_STATS_ENABLED": "0"}
-    # Ray's workers are as important as others' processes: at its own 15 they starve on a machine that tests share.
-    env |= {"RAY_worker_niceness": "0"}
+    # On a machine that tests share, workers at Ray's own niceness, 15, starve; a node's agent takes more than 30 s.
+    env |= {"RAY_worker_niceness": "0", "RAY_agent_register_timeout_ms": "120000"}
     env |= SEES_LOSSES_SOON | {"OMP_WAIT_POLICY": "PASSIVE", "RAY_COLOR_PREFIX": "0"}
     cluster = RayNodes(network=network, cpus_per_node=cpus_per_node, env=env)
     for _ in range(num_nodes):
