@@ -78,6 +78,15 @@ def test_a_missing_key_is_named_and_has_its_errno(store: Store) -> None:
     assert caught.value.errno == errno.ENOENT
 
 
+def test_an_error_keeps_its_errno_between_processes(tmp_path: Path) -> None:
+    """Tasks of Ray Data send theirs to the worker, which decides by it whether to wait."""
+    with pytest.raises(StorageError) as caught:
+        open_store(str(tmp_path)).read("absent")
+    for error in (caught.value, StorageError(errno.EIO, "broke off"), StorageError("no number")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), copy.errno) == (type(error), str(error), error.errno)
+
+
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../../up"])
 def test_a_key_never_leaves_the_store(store: Store, key: str) -> None:
     uses = [store.read, store.exists, store.delete, lambda key: store.write(key, b"")]
