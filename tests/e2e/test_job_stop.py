@@ -228,9 +228,8 @@ def test_stopping_leaves_a_checkpoint_of_that_step(stopped: Stopped) -> None:
     assert stopped.seen_step <= step < STEPS
     assert stopped.stopped_status is JobStatus.STOPPED
     assert stopped.left_run.info.status == "KILLED"
-    hint = (
-        f"go on, from {key_of_step(step)}, with --resume --run.name stopped --run.storage {stopped.place.bucket}/runs"
-    )
+    where = f"--run.name {stopped.place.named('stopped')} --run.storage {stopped.place.bucket}/runs"
+    hint = f"go on, from {key_of_step(step)}, with --resume {where}"
     assert f"stopped by SIGTERM; {hint}" in stopped.stopped.logs
     assert "Traceback" not in without_controller(stopped.stopped.logs), stopped.stopped.logs
 
@@ -294,7 +293,6 @@ def test_a_checkouts_clutter_does_not_travel(stopped: Stopped) -> None:
     assert sum(size for name, size in files.items() if name not in ANYWHERE) < 5_000_000
 
 
-@pytest.mark.xfail(strict=True, reason=".rayignore does not name images, weights, archives and .env yet")
 def test_images_weights_archives_and_secrets_of_a_checkout_do_not_travel(stopped: Stopped) -> None:
     assert shipped(stopped.place).keys().isdisjoint(ANYWHERE)
 
