@@ -118,13 +118,19 @@ def open_store(uri: str) -> Store:
     Nothing is connected to or created yet. S3 endpoint, region and credentials come from the usual AWS_* variables.
 
     Raises:
-        StorageError: an unknown scheme, a bucket without a name, a file URI of another host.
+        StorageError: an unknown scheme, a bucket without a name, credentials, a file URI of another host.
     """
     if "://" not in uri:
         if not uri:
             raise StorageError("'': an empty URI; give s3://bucket/prefix or a path")
         return Store(str(Path(uri).expanduser().absolute()))
     parts = urlsplit(uri, allow_fragments=False)
+    if "@" in parts.netloc and parts.scheme != "file":  # not repeated: what stands before it may be a password
+        shown = f"{parts.scheme}://***@{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise StorageError(
+            f"{shown}: credentials don't belong into a URI, which is shown and recorded; give AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, a profile, or the role of an instance"
+        )
     if parts.scheme in ("s3", "s3a"):
         if not parts.netloc:
             raise StorageError(f"{uri}: names no bucket; s3://bucket/prefix is expected")

@@ -213,6 +213,10 @@ def _client() -> s3fs.S3FileSystem:
 
 
 def _new_client() -> s3fs.S3FileSystem:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        endpoint = os.environ.get(name, "")
+        if endpoint and not endpoint.startswith(("http://", "https://")):  # boto would say it, and a password in it
+            raise StorageError(f"{name} is no URL: http://HOST:PORT or https://HOST:PORT is expected")
     client = s3fs.S3FileSystem(
         skip_instance_cache=True,
         use_listings_cache=False,

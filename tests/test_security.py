@@ -253,12 +253,18 @@ def test_a_secret_that_object_storage_refuses_is_not_said(s3: S3Server, monkeypa
     assert SECRET not in str(caught.value) and s3.secret_key not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="open_store takes what stands before @ for a part of the bucket's name")
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_password_in_a_storage_uri_is_refused_without_being_said(scheme: str) -> None:
     with pytest.raises(StorageError) as caught:
         open_store(f"{scheme}://key:{SECRET}@bucket/div2k")
     assert "bucket/div2k" in str(caught.value) and SECRET not in str(caught.value)
+
+
+def test_an_endpoint_that_is_no_url_is_refused_without_being_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"key:{SECRET}@localhost:9000")
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL is no URL") as caught:
+        open_store("s3://bucket/runs").exists("config.json")
+    assert SECRET not in str(caught.value)
 
 
 def processes_below(pid: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A training worker is killed, or told to end: Ray Train replaces it, and the weights are as if nothing had happened."""
+"""A training worker is killed, or told to end: Ray Train replaces it, and the weights are as if nothing had been."""
 
 import os
 import signal
