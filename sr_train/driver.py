@@ -103,8 +103,7 @@ def _run(plan: Plan, script_started_s: float) -> str:
         conclusion = conclude(plan, store, tracking, result)
     except Interrupted as interrupted:
         status = "KILLED"
-        newest = ckpt.latest_key(checkpoint_store(plan.run_uri)) or "the beginning: there is no checkpoint yet"
-        print(f"stopped by {interrupted}; go on, from {newest}, with {again}", file=sys.stderr, flush=True)
+        print(f"stopped by {interrupted}; go on, from {_newest(plan)}, with {again}", file=sys.stderr, flush=True)
         raise
     except TrainingFailedError as error:
         raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {again}") from error
@@ -118,6 +117,13 @@ def _run(plan: Plan, script_started_s: float) -> str:
             f"When that is mended, {again} registers it"
         )
     return conclusion.best_checkpoint
+
+
+def _newest(plan: Plan) -> str:
+    try:
+        return ckpt.latest_key(checkpoint_store(plan.run_uri)) or "the beginning: there is no checkpoint yet"
+    except StorageError:  # away, perhaps the reason for which someone stops it
+        return "its newest checkpoint"
 
 
 def make_job(plan: Plan, *, tracking: RunHandle | None, owner: str, git_sha: str, script_started_s: float) -> Job:

@@ -7,8 +7,6 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from tempfile import gettempdir
 from typing import Any, Literal
 
 import torch
@@ -32,11 +30,12 @@ from sr_train.method import Assets
 from sr_train.methods import method_of
 from sr_train.run_folder import OwnedStore, checkpoint_store, claim_start
 from sr_train.run_observer import RunObserver, Send
+from sr_train.spool import spool_root
 from sr_train.step_mode import step_mode
 from sr_train.tracking import RunHandle, Tracker
 from sr_train.validator import Validator
 
-SPOOL = Path(gettempdir()) / f"sr-tracking-{os.getuid()}"
+SPOOL = spool_root()
 """What could not be sent to MLflow yet, per machine and run: the next worker, or the driver, sends what one left."""
 
 StreamPairs = Callable[[str, Iterable[ImageRecord], int], Iterator[DecodedPair]]
