@@ -13,7 +13,7 @@ DIR ?= build/benchmarks
 TOGETHER := -n 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run check lint audit test test-fast bench format lock clean
+.PHONY: help run check lint audit test test-fast bench image format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test-fast: .venv/.dev  ## without the end-to-end tests
 
 bench: .venv/.dev  ## all benchmarks, small on a CPU and full on CUDA; records in build/benchmarks (DIR=…; ARGS="--rounds 3")
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json $(DIR)/$$name.json $(ARGS) || exit 1; echo; done
+
+image:  ## the nodes' image, without a daemon, and a training run in it (root, buildah, debootstrap; ARGS="--target gpu")
+	docker/build_without_daemon.sh $(ARGS)
 
 format: .venv/.dev  ## rewrite the code as ruff wants it
 	$(BIN)/ruff check --fix-only --quiet .

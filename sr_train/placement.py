@@ -77,6 +77,7 @@ def placement_warnings(run: RunConfig, cluster: ClusterFacts) -> Iterator[str]:
             f"the cluster has no room for {run.fewest_workers} workers now: training begins once nodes are added "
             f"(--run.wait-for-nodes)"
         )
+        return
     if run.device == "cpu" and 0 < cluster.num_gpus < run.num_workers:
         yield (
             f"training on CPUs, though the cluster has GPUs: {cluster.num_gpus:g}, for {run.num_workers} workers "

@@ -13,8 +13,6 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 # Brackets keep this file from matching itself.
 INDEX_ADDRESS = re.compile(
@@ -157,14 +155,6 @@ def test_ci_runs_the_readmes_second_command(repo: Path) -> None:
     commands = [block.strip().splitlines()[-1] for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)]
     assert commands[:2] == ["make run", "make check"]
     assert (repo / ".ci" / "run").read_text().rstrip().endswith(commands[1])
-
-
-def test_cluster_yaml_is_a_valid_cluster(repo: Path) -> None:
-    config = yaml.safe_load((repo / "cluster.yaml").read_text())
-    validate_config(prepare_config(config))
-    nodes = config["available_node_types"]
-    assert config["head_node_type"] in nodes
-    assert all(node["max_workers"] <= config["max_workers"] for node in nodes.values())
 
 
 def test_the_architecture_names_every_module_and_no_other(repo: Path) -> None:
