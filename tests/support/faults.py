@@ -124,7 +124,7 @@ class HarmedRun:
             return []
         points = sorted(client.get_metric_history(version.run_id, "loss"), key=lambda point: point.timestamp)
         steps = [point.step for point in points]
-        return [before - after for before, after in pairwise(steps) if after <= before]
+        return [before - after + 1 for before, after in pairwise(steps) if after <= before]  # reported after a step
 
 
 def budget_is_spent_once(run: NodeRun, folder: Path) -> None:

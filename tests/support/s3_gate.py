@@ -115,17 +115,17 @@ class S3Gate:
                     server_writer.write(part)
                     await server_writer.drain()
                     body_bytes -= len(part)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client is gone
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # the client is gone, or cut off
         finally:
             server_writer.close()
-            with suppress(ConnectionError):
+            with suppress(OSError):
                 await answers
             writer.close()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(ConnectionError):
+    with suppress(OSError):
         while data := await reader.read(1 << 16):
             writer.write(data)
             await writer.drain()
