@@ -44,6 +44,8 @@ which wait for this one, are ended by PyTorch.
 """
 _MAX_TASK_TRIES = 3
 """By Ray itself; its default, without end, would try an image that no process survives for ever."""
+_LEAST_CPUS = 0.2
+"""Tasks that asked for less would crowd the nodes that have more."""
 _MAX_BREAKS = 4
 """So many executions in a row may break off without a single image: from 16 images a task to 1."""
 
@@ -67,6 +69,7 @@ def stream_pairs(
     num_threads: int,
     block_images: int,
     reserved_cpus: float,
+    spare_cpus_here: float = 0.0,
     head_images: int = 8,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[DecodedPair]:
@@ -74,7 +77,8 @@ def stream_pairs(
 
     `num_threads` images are fetched at a time in each task, `block_images` are one task's work. `reserved_cpus` are
     held by the training workers of this run for as long as it lasts: decoding asks for what is left of the cluster's
-    CPUs, one per task or less, and for none if nothing is left, so that it is always scheduled.
+    CPUs, one per task or less, and for none if nothing is left, so that it is always scheduled. `spare_cpus_here` are
+    what is left of this node, which stays as long as its worker does, while others may go: a task asks for no more.
 
     The first `head_images` are loaded in this process, while Ray Data starts: its first execution takes 3 s on two
     idle cores and 12 s on busy ones, as each of its processes imports Ray Data. A dataset of so few images needs no
@@ -89,7 +93,7 @@ def stream_pairs(
     what ended the last one. Each is a warning in the log of this process, which says where the stream goes on.
     """
     source, store = iter(records), open_store(store_uri)
-    tasks = _Tasks(store_uri, scale, num_threads, block_images, reserved_cpus)
+    tasks = _Tasks(store_uri, scale, num_threads, block_images, reserved_cpus, spare_cpus_here)
     pending: deque[ImageRecord] = deque()
     """Asked for, and not delivered yet."""
     num_breaks = 0
@@ -142,6 +146,7 @@ class _Tasks:
     num_threads: int
     block_images: int
     reserved_cpus: float
+    spare_cpus_here: float
 
     def smaller(self) -> "_Tasks":
         """Tasks that need a quarter of the memory, or less."""
@@ -152,7 +157,12 @@ class _Tasks:
         size = self.block_images
         blocks = [records[start : start + size] for start in range(0, len(records), size)]
         dataset = decoding(
-            blocks, self.store_uri, self.scale, num_threads=self.num_threads, reserved_cpus=self.reserved_cpus
+            blocks,
+            self.store_uri,
+            self.scale,
+            num_threads=self.num_threads,
+            reserved_cpus=self.reserved_cpus,
+            spare_cpus_here=self.spare_cpus_here,
         )
         return _Tables(dataset)
 
@@ -232,7 +242,13 @@ def _next_run(tasks: _Tasks, source: Iterator[ImageRecord]) -> _Run | None:
 
 
 def decoding(
-    blocks: Sequence[Sequence[ImageRecord]], store_uri: str, scale: int, *, num_threads: int, reserved_cpus: float
+    blocks: Sequence[Sequence[ImageRecord]],
+    store_uri: str,
+    scale: int,
+    *,
+    num_threads: int,
+    reserved_cpus: float,
+    spare_cpus_here: float = 0.0,
 ) -> ray.data.Dataset:
     """One execution of Ray Data that is yet to start: a task and a table per block, in order, see `pair_of_row`.
 
@@ -246,6 +262,8 @@ def decoding(
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     num_nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in nodes)
     num_cpus = min(1.0, max(0.0, int(100 * free_cpus / max(1, num_nodes) + 1e-6) / 100))
+    if spare_cpus_here >= _LEAST_CPUS:  # another node may go in mid-stream, and tasks keep what they ask for
+        num_cpus = min(num_cpus, spare_cpus_here)
     load = partial(_load_block, store_uri=store_uri, scale=scale, num_threads=num_threads)
     source = ray.data.from_items(items, override_num_blocks=len(items))
     with warnings.catch_warnings():  # Ray 2.60 has no other way to say how often a task is tried

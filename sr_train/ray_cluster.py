@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import ray
+import ray.train
 from ray._private import ray_constants
 
 from sr_data.manifest import ImageRecord
@@ -28,15 +29,36 @@ _ADDRESS_ADVICE = "start it or give another address; without any, this machine i
 
 def pair_stream(config: TrainConfig[Any]) -> StreamPairs:
     """How workers get images: Ray Data tasks beside them, on the CPUs that the workers leave free."""
-    reserved_cpus = config.run.num_workers * (config.run.cpus_per_worker or 1)
-    return partial(_stream, num_threads=config.data.decode_threads, reserved_cpus=reserved_cpus)
+    return partial(
+        _stream,
+        num_threads=config.data.decode_threads,
+        num_workers=config.run.num_workers,
+        cpus_per_worker=config.run.cpus_per_worker or 1.0,
+    )
 
 
 def _stream(
-    uri: str, records: Iterable[ImageRecord], scale: int, *, num_threads: int, reserved_cpus: float
+    uri: str,
+    records: Iterable[ImageRecord],
+    scale: int,
+    *,
+    num_threads: int,
+    num_workers: int,
+    cpus_per_worker: float,
 ) -> Iterator[DecodedPair]:
+    """Runs in a training worker."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    cpus_here = next(float(node["Resources"].get("CPU", 0)) for node in nodes if node["NodeID"] == here)
+    context = ray.train.get_context()
     return stream_pairs(
-        uri, records, scale, num_threads=num_threads, block_images=_BLOCK_IMAGES, reserved_cpus=reserved_cpus
+        uri,
+        records,
+        scale,
+        num_threads=num_threads,
+        block_images=_BLOCK_IMAGES,
+        reserved_cpus=min(num_workers, context.get_world_size()) * cpus_per_worker,
+        spare_cpus_here=cpus_here - context.get_local_world_size() * cpus_per_worker,
     )
 
 

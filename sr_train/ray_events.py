@@ -30,18 +30,14 @@ def lost_or_failed(exceptions: dict[int, Exception]) -> dict[str, Any] | None:
 
     One worker's death makes the others' collectives fail: then it is the death that counts.
     """
-    died = {rank: error for rank, error in exceptions.items() if isinstance(error, RayActorError)}
+    causes = {rank: getattr(error, "health_check_failure", error) for rank, error in exceptions.items()}
+    died = {rank: error for rank, error in causes.items() if isinstance(error, RayActorError)}
     if died:
         return {"ranks": sorted(died), "message": _why_dead(str(died[min(died)]))}
-    failed = {rank: error for rank, error in exceptions.items() if not _has_left(error)}
+    failed = {rank: error for rank, error in causes.items() if not isinstance(error, Left)}
     if not failed:
         return None
     return {"ranks": sorted(failed), "message": _last_line(failed[min(failed)])}
-
-
-def _has_left(error: Exception) -> bool:
-    """Ray hands on the text of a traceback, not the exception."""
-    return f"{Left.__module__}.{Left.__name__}: " in _last_line(error)
 
 
 def _why_dead(text: str) -> str:
