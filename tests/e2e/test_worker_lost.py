@@ -100,8 +100,9 @@ def test_a_killed_worker_changes_nothing(unharmed: Plan, photos: Path, tmp_path:
 
 def test_a_worker_that_is_told_to_end_saves_first(unharmed: Plan, photos: Path, tmp_path: Path) -> None:
     told, messages = planned(photos, tmp_path, "told", max_failures=0), list[Message]()
-    marker = tmp_path / "told"
+    marker = tmp_path / "signalled"
     run(told, messages, SignalsItsWorker(pair_stream(told.config), marker, signal.SIGTERM))
+    assert marker.exists()
     [left] = [values for kind, values in messages if kind == "left"]
     assert "SIGTERM" in left["message"]
     # It went on from the very step at which it left, and it counts as no failure.
