@@ -20,7 +20,7 @@ from tests.support.pipeline import REPO
 from tests.support.process import answers_http
 from tests.support.ray_head import RAY, RayHead
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # the first test waits for the cluster, too
 
 IDLE_MINUTES = 0.2
 NODE = "cpu_worker"

@@ -332,6 +332,7 @@ def test_a_disk_that_fills_up_at_the_second_checkpoint(small_disk: Path, tiny_ph
         *("--data.uri", tiny_photos, "--validation.num-images", 2, "--validation.interval-patches", 48),
         *("--optim.global-batch-size", 4, "--optim.total-patches", 48, "--checkpoint.interval-patches", 16),
         *("--schedule.warmup-patches", 4, "--run.storage", small_disk, "--run.name", "full", "--run.device", "cpu"),
+        *("--checkpoint.patience-s", 0),
     ]
     failed = run_script("train_edsr.py", *arguments, cwd=tmp_path, env={})
     assert failed.returncode == 2, failed.stderr

@@ -367,7 +367,7 @@ def test_weights_of_another_network(plan: Callable[..., Plan], alexnet_file: Pat
         (["--pretrain.optim.total-patches", 16], ["--pretrain.schedule.warmup-patches"]),
         (
             ["--pretrain.optim.global-batch-size", 15, "--run.num-workers", 2],
-            ["pretrain.optim.global_batch_size=15", "a multiple of 2", "--pretrain.optim.global-batch-size"],
+            ["pretrain.optim.global_batch_size=15", "use 14 or 16", "--pretrain.optim.global-batch-size"],
         ),
     ],
 )

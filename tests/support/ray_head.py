@@ -106,7 +106,18 @@ class RayHead:
 def start_ray_head(folder: Path, *, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> RayHead:
     """`folder` must have a short path: Ray's Unix sockets lie in it (limit 107 characters). What the node's environment
     has (`env`), every process of every job has.
+
+    Ports that were free a moment ago may be another cluster's by the time Ray takes them: then it is tried once more.
     """
+    try:
+        return _start_ray_head(folder, num_cpus=num_cpus, env=env)
+    except ServerError as error:
+        if "Failed to start GCS" not in str(error):
+            raise
+        return _start_ray_head(folder, num_cpus=num_cpus, env=env)
+
+
+def _start_ray_head(folder: Path, *, num_cpus: int, env: Mapping[str, str] | None) -> RayHead:
     names = (
         "port",
         "dashboard-port",
