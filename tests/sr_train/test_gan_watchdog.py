@@ -76,6 +76,9 @@ class Recorder:
     def on_recovery(self, message: str, *, step: int) -> None:
         self.recoveries.append((step, message))
 
+    def on_trouble(self, message: str, step: int) -> None:
+        raise AssertionError(message)
+
 
 @torch.no_grad()
 def psnr_db(network: nn.Module, step: int = 0) -> Mapping[str, float]:
