@@ -59,18 +59,13 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
-_ON_MACHINES_OF_THEIR_OWN = ("tests/e2e/test_node_faults.py", "tests/e2e/test_several_nodes.py")
-
-
 class _FilesAndEndToEnd(LoadFileScheduling):
     """A file's tests share its clusters and servers, so they stay together; all end-to-end tests run one after
-    another, because two at once would wait for each other's workers until their patience ends. Those on nodes with
-    addresses of their own share a cluster that waits for nobody.
+    another, because two at once would wait for each other's workers until their patience ends, and Ray's own: a node
+    that is not up within 30 s gives up.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        if nodeid.startswith(_ON_MACHINES_OF_THEIR_OWN):
-            return "nodes"
         return "tests/e2e" if nodeid.startswith("tests/e2e/") else str(super()._split_scope(nodeid))
 
 
