@@ -46,19 +46,26 @@ def _stream(
     num_workers: int,
     cpus_per_worker: float,
 ) -> Iterator[DecodedPair]:
-    """Runs in a training worker."""
-    here = ray.get_runtime_context().get_node_id()
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    cpus_here = next(float(node["Resources"].get("CPU", 0)) for node in nodes if node["NodeID"] == here)
-    context = ray.train.get_context()
+    """Runs in a training worker: of Ray Train, whose places are known, or in a process of its own."""
+    spare_cpus_here = 0.0
+    try:
+        context = ray.train.get_context()
+    except RuntimeError:
+        pass
+    else:
+        num_workers = min(num_workers, context.get_world_size())
+        here = ray.get_runtime_context().get_node_id()
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        cpus_here = next(float(node["Resources"].get("CPU", 0)) for node in nodes if node["NodeID"] == here)
+        spare_cpus_here = cpus_here - context.get_local_world_size() * cpus_per_worker
     return stream_pairs(
         uri,
         records,
         scale,
         num_threads=num_threads,
         block_images=_BLOCK_IMAGES,
-        reserved_cpus=min(num_workers, context.get_world_size()) * cpus_per_worker,
-        spare_cpus_here=cpus_here - context.get_local_world_size() * cpus_per_worker,
+        reserved_cpus=num_workers * cpus_per_worker,
+        spare_cpus_here=spare_cpus_here,
     )
 
 
