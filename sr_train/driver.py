@@ -199,7 +199,7 @@ def _show(progress: Progress, plan: Plan, message: Message, hosts: list[str]) ->
         progress.message(f"{when}{values['message']}")
     elif kind == "start":
         is_first, hosts[:] = not hosts, values["hosts"]
-        workers = "1 worker" if len(hosts) == 1 else f"{len(hosts)} workers"
+        workers = _workers(len(hosts))
         places = ", ".join(host if num == 1 else f"{host} ({num})" for host, num in Counter(hosts).items())
         if values["checkpoint"] is not None:
             origin = f"{values['checkpoint']}, {workers} on {places}"
@@ -212,9 +212,12 @@ def _show(progress: Progress, plan: Plan, message: Message, hosts: list[str]) ->
         ranks = ", ".join(f"{rank} on {hosts[rank]}" if rank < len(hosts) else f"{rank}" for rank in values["ranks"])
         progress.message(f"lost: worker {ranks}: {values['message']}")
     elif kind == "waiting":
-        needed = plan.config.run.fewest_workers
-        workers = "1 worker" if needed == 1 else f"{needed} workers"
-        progress.message(f"still waiting for {workers} to start: {cluster_room()}")
+        needed = _workers(plan.config.run.fewest_workers)
+        progress.message(f"still waiting for {needed} to start: {cluster_room()}")
+
+
+def _workers(number: int) -> str:
+    return "1 worker" if number == 1 else f"{number} workers"
 
 
 def manifest_progress(done: int, total: int) -> None:

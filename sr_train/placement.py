@@ -65,9 +65,14 @@ def place(run: RunConfig, cluster: ClusterFacts) -> RunConfig:
 
 def _has_room(run: RunConfig, cluster: ClusterFacts, num_workers: int) -> bool:
     """Whether the cluster can hold so many workers as `run` describes, now, and still decode images."""
-    cpus = run.cpus_per_worker or 1.0
-    capacity = sum(num_fitting(cluster, cpus, run.gpus_per_worker if run.device == "cuda" else None))
-    return capacity >= num_workers and cpus * num_workers + CPUS_FOR_DECODING <= cluster.num_cpus
+    num_cpus = (run.cpus_per_worker or 1.0) * num_workers + CPUS_FOR_DECODING
+    return sum(_capacities(run, cluster)) >= num_workers and num_cpus <= cluster.num_cpus
+
+
+def _capacities(run: RunConfig, cluster: ClusterFacts) -> tuple[int, ...]:
+    """How many workers as `run` describes each node can hold."""
+    gpus = run.gpus_per_worker if run.device == "cuda" else None
+    return tuple(num_fitting(cluster, run.cpus_per_worker or 1.0, gpus))
 
 
 def placement_warnings(run: RunConfig, cluster: ClusterFacts) -> Iterator[str]:
@@ -111,9 +116,7 @@ def _threads(run: RunConfig, cluster: ClusterFacts) -> int:
     """A node's CPUs shared among its workers, on the node where that is least, if they spread over all that can hold
     one.
     """
-    capacities = tuple(
-        num_fitting(cluster, run.cpus_per_worker or 1.0, run.gpus_per_worker if run.device == "cuda" else None)
-    )
+    capacities = _capacities(run, cluster)
     homes = [(int(cpus), fits) for cpus, fits in zip(cluster.cpus_per_node, capacities, strict=True) if fits]
     if sum(capacities) < run.num_workers:  # on nodes that are still to come
         return int(run.cpus_per_worker or 1.0)
