@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sr_data.errors import DataError, StorageError
 from sr_train.checkpoint import CheckpointError
+from sr_train.collective import Collective
 from sr_train.gan_watchdog import CollapseError
 from sr_train.learner import NonFiniteLossError
 from sr_train.loop import CheckpointWriteError, Left, Position
@@ -274,9 +275,12 @@ def _carry_out(order: Order, mailbox: Any) -> None:
     if is_first:
         mailbox.begin.remote(order.number, sender)
 
-    def send(kind: str, values: Mapping[str, Any]) -> None:
-        if is_first:
-            mailbox.put.remote(order.number, sender, (kind, values))
+    def send(kind: str, values: Mapping[str, Any]) -> Any:
+        return mailbox.put.remote(order.number, sender, (kind, values)) if is_first else None
+
+    def send_last(kind: str, values: Mapping[str, Any]) -> None:
+        if is_first:  # it has arrived before this worker ends, and what it sent earlier too
+            ray.get(send(kind, values))
 
     def goes_on(values: Mapping[str, Any]) -> bool:
         send("ask", values)
@@ -286,7 +290,7 @@ def _carry_out(order: Order, mailbox: Any) -> None:
 
     given_up: str | None = ray.get(mailbox.fatal.remote())
     if given_up is not None:  # Ray Train starts every failed worker again; this error would only come back
-        return send("end", {"error": given_up})
+        return send_last("end", {"error": given_up})
     try:
         with notices(mailbox, is_first=is_first) as leave:
             position, measures = run_worker(
@@ -298,9 +302,12 @@ def _carry_out(order: Order, mailbox: Any) -> None:
             )
     except Left as left:
         if left.reason == STOPPED:
-            return send("end", {"error": str(left)})
-        send("left", {"step": left.step, "message": left.reason})
-        raise  # and Ray Train starts all workers again, where there is room that stays
+            return send_last("end", {"error": str(left)})
+        send_last("left", {"step": left.step, "message": left.reason})
+        # When the first error is seen, Ray Train ends all workers and starts them again, where there is room that
+        # stays: by then the first worker must have sent what MLflow and the driver are to know.
+        Collective.of_process_group().first(None)
+        raise
     except (
         NonFiniteLossError,
         CollapseError,
@@ -315,7 +322,7 @@ def _carry_out(order: Order, mailbox: Any) -> None:
             ray.get(mailbox.set_fatal.remote(order.number, str(error)))
         # Raised on every worker: all end here, in step.
         if isinstance(error, (NonFiniteLossError, CollapseError, CheckpointWriteError)):
-            return send("end", {"error": str(error)})
+            return send_last("end", {"error": str(error)})
         # On this worker only: its failure makes Ray end the others, which wait for it.
         raise
-    return send("end", {"position": position.to_meta(), "measures": measures})
+    return send_last("end", {"position": position.to_meta(), "measures": measures})

@@ -70,6 +70,7 @@ class S3Gate:
 
     def stop(self) -> None:
         """Drops all connections."""
+        self._do(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
@@ -122,6 +123,13 @@ class S3Gate:
             with suppress(OSError):
                 await answers
             writer.close()
+
+
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
