@@ -4,7 +4,9 @@
 # Every port is a free one, and only what was started here is stopped: the machine's other clusters stay as they are.
 set -euo pipefail
 [ "$(id -u)" != 0 ] || { echo "the image runs as root" >&2; exit 1; }
-! touch /opt/sr-ray/x /opt/venv/x 2>/dev/null || { echo "the user can change the image's programs" >&2; exit 1; }
+for place in /opt/sr-ray /opt/venv; do
+    ! touch "$place/x" 2>/dev/null || { echo "the user can change the image's programs in $place" >&2; exit 1; }
+done
 
 folder=$(mktemp -d /tmp/smoke-XXXX)
 cd "$folder"

@@ -6,14 +6,17 @@ that restarts, a quota that someone raises, a disk that someone clears.
 
 import errno
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from sr_data.errors import StorageError
+from sr_data.storage import FileEntry, Store, open_store
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 15.0
@@ -32,6 +35,11 @@ Say = Callable[[str], None]
 def warn(message: str) -> None:
     """Says it in this process's log, which Ray shows where the driver's output is."""
     logging.getLogger(__name__).warning("%s", message)
+
+
+def to_stderr(message: str) -> None:
+    """Says it to whoever started this process."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def may_pass(error: StorageError) -> bool:
@@ -90,6 +98,39 @@ class Patience:
 
     def _waits_after(self, error: StorageError) -> bool:
         return self.seconds > 0 and may_pass(error) and not self.given_up.is_set()
+
+
+@dataclass(frozen=True, slots=True)
+class PatientStore(Store):
+    """A store that is waited for while it is away: for the small files that a run can't do without."""
+
+    patience: Patience
+
+    def list(self, prefix: str = "") -> list[FileEntry]:
+        return self._spend(partial(Store.list, self, prefix), "listed")
+
+    def read(self, key: str) -> bytes:
+        return self._spend(partial(Store.read, self, key), "read")
+
+    def num_bytes(self, key: str) -> int:
+        return self._spend(partial(Store.num_bytes, self, key), "read")
+
+    def write(self, key: str, data: bytes) -> None:
+        self._spend(partial(Store.write, self, key, data), "written")
+
+    def exists(self, key: str) -> bool:
+        return self._spend(partial(Store.exists, self, key), "read")
+
+    def delete(self, key: str) -> None:
+        self._spend(partial(Store.delete, self, key), "written")
+
+    def _spend(self, work: Callable[[], T], done: str) -> T:
+        return self.patience.spend(work, on=f"{self.uri} can't be {done}")
+
+
+def patient_store(uri: str, seconds: float, *, say: Say = warn) -> PatientStore:
+    """`open_store` with that much patience."""
+    return PatientStore(open_store(uri).uri, Patience(seconds=seconds, say=say))
 
 
 @contextmanager

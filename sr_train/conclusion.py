@@ -1,7 +1,6 @@
 """What becomes of a run's best checkpoint: a picture, a registered version, a result file, a report."""
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from sr_data.decode import encode_png
 from sr_data.pairs import load_pair, middle
 from sr_data.resize import upscale_bicubic
 from sr_data.storage import Store, open_store
-from sr_data.storage_patience import Patience
+from sr_data.storage_patience import Patience, PatientStore, patient_store, to_stderr
 from sr_models.architectures import build_model
 from sr_models.errors import ModelError
 from sr_models.inference import upscale_image
@@ -50,31 +49,32 @@ def finished_result(plan: Plan) -> FitResult | None:
     if plan.goes_on_from is None:
         return None
     optim, validation = plan.config.optim, plan.config.validation
-    position = Position.from_meta(ckpt.read_checkpoint(checkpoint_store(plan.run_uri), plan.goes_on_from).meta)
+    checkpoints = patient_store(checkpoint_store(plan.run_uri).uri, plan.config.checkpoint.patience_s, say=to_stderr)
+    key = ckpt.newest_whole(checkpoints)
+    if key is None:
+        return None
+    position = Position.from_meta(ckpt.read_checkpoint(checkpoints, key).meta)
     stopped = (
         validation.early_stop_after is not None and position.validations_without_gain >= validation.early_stop_after
     )
-    if position.best is None or not (stopped or position.step >= optim.total_steps):
+    if position.best is None or position.validation_pending or not (stopped or position.step >= optim.total_steps):
         return None
     store = open_store(plan.run_uri)
     before = json.loads(store.read_text(RESULT_KEY)) if store.exists(RESULT_KEY) else {}
     return FitResult(position=position, measures=before.get("measures", {}), num_restarts=before.get("restarts", 0))
 
 
-def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitResult) -> Conclusion:
+def conclude(plan: Plan, store: PatientStore, tracking: RunHandle | None, result: FitResult) -> Conclusion:
     """Saves the picture and the result first, then registers: a server that is away costs the registration only.
 
     Storage that is away is waited for, as during training.
     """
     checkpoints, values = checkpoint_store(plan.run_uri), result.position.best or {}
-    patience = Patience(seconds=plan.config.checkpoint.patience_s, say=_say)
-
-    def save(key: str, data: bytes) -> None:
-        patience.spend(partial(store.write, key, data), on="the run's results can't be written")
+    patience = Patience(seconds=plan.config.checkpoint.patience_s, say=to_stderr)
 
     read = partial(ckpt.read_checkpoint, checkpoints, values["key"])
     checkpoint, uri = patience.spend(read, on="the best checkpoint can't be read"), checkpoints.uri_of(values["key"])
-    save(COMPARISON_KEY, patience.spend(partial(_comparison_png, plan, checkpoint), on="an image can't be read"))
+    store.write(COMPARISON_KEY, patience.spend(partial(_comparison_png, plan, checkpoint), on="an image can't be read"))
     tracking, away = _begun(tracking)
     summary = {
         "run": plan.config.run.name,
@@ -87,7 +87,7 @@ def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitRe
         "registered": None,
         "mlflow_run": tracking.run_id if tracking is not None else None,
     }
-    save(RESULT_KEY, json.dumps(summary, indent=2).encode())
+    store.write(RESULT_KEY, json.dumps(summary, indent=2).encode())
     version, problem = None, None
     if tracking is not None:
         register = partial(_register, plan, tracking, checkpoint, result, uri)
@@ -98,7 +98,7 @@ def conclude(plan: Plan, store: Store, tracking: RunHandle | None, result: FitRe
         except (TrackingError, ModelError, OSError) as error:
             problem = str(error)
         else:
-            save(RESULT_KEY, json.dumps(summary | {"registered": asdict(version)}, indent=2).encode())
+            store.write(RESULT_KEY, json.dumps(summary | {"registered": asdict(version)}, indent=2).encode())
     report = _report(plan, store, tracking, uri, version, result, away=away)
     return Conclusion(report=report, best_checkpoint=uri, not_registered=problem)
 
@@ -111,10 +111,6 @@ def _begun(tracking: RunHandle | None) -> tuple[RunHandle | None, str]:
         return begun(tracking), ""
     except TrackingError as error:
         return None, str(error)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def resume_flags(plan: Plan) -> str:

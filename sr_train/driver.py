@@ -14,6 +14,7 @@ from typing import Any
 
 from sr_data.errors import DataError, StorageError
 from sr_data.storage import Store, open_store
+from sr_data.storage_patience import patient_store, to_stderr
 from sr_models.errors import ModelError
 from sr_train import checkpoint as ckpt
 from sr_train.cli import TrainCommand
@@ -27,7 +28,7 @@ from sr_train.progress import Progress, ProgressUpdate
 from sr_train.ray_cluster import cluster_facts, cluster_room, connect, pair_stream
 from sr_train.ray_workers import FitResult, TrainingFailedError, Workers
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim, is_owned
 from sr_train.tracking import RunHandle, RunStart, Status, begun, finish_run, pending_run, replay_spool
 from sr_train.tracking_server import TrackingError
 from sr_train.upscaler import UpscalerError
@@ -81,7 +82,7 @@ def plan_training(command: TrainCommand[Any]) -> Plan:
 
 
 def _run(plan: Plan, script_started_s: float) -> str:
-    store = open_store(plan.run_uri)
+    store = patient_store(plan.run_uri, plan.config.checkpoint.patience_s, say=to_stderr)
     owner = claim(store)
     fingerprints = {"train": plan.train.fingerprint, "validation": plan.validation.fingerprint}
     store.write(DATASETS_KEY, json.dumps(fingerprints).encode())
@@ -106,9 +107,11 @@ def _run(plan: Plan, script_started_s: float) -> str:
         print(f"stopped by {interrupted}; go on, from {_newest(plan)}, with {again}", file=sys.stderr, flush=True)
         raise
     except TrainingFailedError as error:
+        if not _is_ours(plan, owner):
+            raise
         raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {again}") from error
     finally:
-        if tracking is not None:
+        if tracking is not None and _is_ours(plan, owner):  # else the MLflow run is the other driver's, too
             _finish(tracking, status)
     print(conclusion.report, flush=True)
     if conclusion.not_registered is not None:
@@ -117,6 +120,14 @@ def _run(plan: Plan, script_started_s: float) -> str:
             f"When that is mended, {again} registers it"
         )
     return conclusion.best_checkpoint
+
+
+def _is_ours(plan: Plan, owner: str) -> bool:
+    """Whether no other driver has taken the run over, as far as storage can tell."""
+    try:
+        return is_owned(open_store(plan.run_uri), owner)
+    except StorageError:
+        return True
 
 
 def _newest(plan: Plan) -> str:
@@ -157,8 +168,9 @@ def _fit(plan: Plan, job: Job) -> FitResult:
             try:
                 return workers.fit(job, on_message=show)
             except Interrupted as interrupted:
-                progress.message(f"{interrupted}: the workers save a checkpoint; once more ends at once")
-                workers.stop(on_message=show, timeout_s=_grace_s())
+                if workers.are_training:
+                    progress.message(f"{interrupted}: the workers save a checkpoint; once more ends at once")
+                    workers.stop(on_message=show, timeout_s=_grace_s())
                 raise
     finally:
         progress.close()

@@ -162,6 +162,10 @@ class Position:
         )
 
 
+_MOST_STEPS = 50
+"""Between two reports: training that becomes slower all at once must still hear in time that it is to leave."""
+
+
 @dataclass(kw_only=True)
 class _Window:
     """The time and the steps since the last report, and after how many steps the next one is due."""
@@ -181,7 +185,7 @@ class _Window:
         grows slowly, since the first steps compile and wait for images.
         """
         fitting = int(self.interval_s * self.steps / max(seconds, 1e-9))
-        return _Window(interval_s=self.interval_s, due_after=max(1, min(fitting, 4 * self.due_after)))
+        return _Window(interval_s=self.interval_s, due_after=max(1, min(fitting, 4 * self.due_after, _MOST_STEPS)))
 
 
 def train(
@@ -237,6 +241,8 @@ class _Run:
         plan, optim, goes_on = self.plan, self.plan.optim, True
         if position.validation_pending:
             position, fault, leave, values = self._validated(position)
+            # Before the first good validation there is nothing to go back to.
+            fault = fault if position.good_step is not None else None
             goes_on = self._settled(position, fault, leave, values)
         elif self.watchdog is not None and position.step == 0:
             # What training is compared with, and goes back to, from the first step on.

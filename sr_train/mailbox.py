@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+STOPPED = "the driver was told to stop"
+"""The reason for which workers leave for good; for all others their run goes on elsewhere."""
+
 Message = tuple[str, Mapping[str, Any]]
 """(kind, values): "start", "progress", "validation", "checkpoint", "recovery", "trouble", "left", "ask" and "end" from
 the workers, "lost" from Ray Train.
@@ -34,13 +37,15 @@ class Mailbox:
         self._stopping = False
         self._fatal: str | None = None
         self._answers: dict[int, bool] = {}
-        self._sender: str | None = None
+        self._ended = 0
+        self._start = 0
+        self._why_leave: str | None = None
 
     # The driver
 
     def place(self, order: Order) -> None:
         """The workers' next order; the one before has ended."""
-        self._order, self._fatal, self._answers, self._messages, self._sender = order, None, {}, [], None
+        self._order, self._fatal, self._answers, self._messages = order, None, {}, []
 
     def close(self) -> None:
         """There will be no further order."""
@@ -62,23 +67,34 @@ class Mailbox:
     # The workers
 
     def order_after(self, number: int) -> tuple[Order | None, bool]:
-        """The order that follows that number, if there is one already; and whether there can still come one."""
-        return self._order if self._order is not None and self._order.number > number else None, not self._closed
-
-    def is_stopping(self) -> bool:
-        return self._stopping
-
-    def begin(self, number: int, sender: str) -> None:
-        """From now on `sender` speaks for the workers of that order, and nobody else: those before may still live, cut
-        off with their node.
+        """The order that follows that number, if there is one already; and whether there can still come one. Workers
+        that replace lost ones ask after 0: what has ended is not done again.
         """
-        if self._is_of(number):
-            self._sender = sender
+        after = max(number, self._ended)
+        return self._order if self._order is not None and self._order.number > after else None, not self._closed
 
-    def put(self, number: int, sender: str, message: Message) -> None:
+    def begin(self) -> int:
+        """Counts a start of the workers. From now on they speak for the order that they carry out, and nobody else:
+        those before may still live, cut off with their node.
+        """
+        self._start, self._why_leave = self._start + 1, None
+        return self._start
+
+    def leave(self, start: int, reason: str) -> None:
+        """One of the workers was told to leave: they all are to, since none can train alone."""
+        if start == self._start:
+            self._why_leave = reason
+
+    def why_leave(self, start: int) -> str | None:
+        """Why the workers of that start are to save what they have, and leave; None if they are not."""
+        return STOPPED if self._stopping else self._why_leave if start == self._start else None
+
+    def put(self, number: int, start: int, message: Message) -> None:
         """About the order of that number; what comes late, or from workers that others have replaced, is dropped."""
-        if self._is_of(number) and sender == self._sender:
+        if self._is_of(number, start):
             self._messages.append(message)
+            if message[0] == "end":
+                self._ended = number
 
     def put_event(self, message: Message) -> None:
         """What Ray Train's controller has seen."""
@@ -88,13 +104,13 @@ class Mailbox:
         """What the driver answered to the question of this step; None if it has not yet."""
         return self._answers.get(step)
 
-    def set_fatal(self, number: int, error: str) -> None:
+    def set_fatal(self, number: int, start: int, error: str) -> None:
         """The error of the order of that number would come back however often it is tried."""
-        if self._is_of(number):
+        if self._is_of(number, start):
             self._fatal = self._fatal or error
 
     def fatal(self) -> str | None:
         return self._fatal
 
-    def _is_of(self, number: int) -> bool:
-        return self._order is not None and self._order.number == number
+    def _is_of(self, number: int, start: int) -> bool:
+        return self._order is not None and self._order.number == number and start == self._start

@@ -1,6 +1,7 @@
 """A network as training steps call it: on its device, laid out for it, synchronised over the workers, compiled."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -33,12 +34,15 @@ class ParallelNetwork:
             # decides the order in which a ring all-reduce adds. Looking for unused parameters keeps the first grouping,
             # so that a resumed run adds in the same order as one that was never stopped. On CUDA sums are not
             # repeatable anyway, and the regrouped buckets overlap better.
-            self._parallel = DistributedDataParallel(
-                self.network,
-                device_ids=[device] if device.type == "cuda" else None,
-                find_unused_parameters=device.type == "cpu",
-                broadcast_buffers=False,  # they are equal: constants, or statistics of the global batch
-            )
+            with warnings.catch_warnings():
+                # PyTorch 2.13 calls it forward_sync_buffers, which 2.11 does not know.
+                warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
+                self._parallel = DistributedDataParallel(
+                    self.network,
+                    device_ids=[device] if device.type == "cuda" else None,
+                    find_unused_parameters=device.type == "cpu",
+                    broadcast_buffers=False,  # they are equal: constants, or statistics of the global batch
+                )
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self._parallel
         self._plain_forward: Callable[[torch.Tensor], torch.Tensor] = self.network
         if mode.compile != "no":

@@ -76,6 +76,9 @@ def set_defaults() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # How soon workers learn that their node will be taken away.
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    # A cluster that starts here gives up on itself when its agents are not up in time: Ray's 30 s are short for a busy
+    # machine, or for the first time after an installation.
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
     # DDP's advice not to look for unused parameters; why it does is said in sr_train/learner.py.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # On a machine with other work, idle threads that spin cost half the speed (measured: 37 s against 14 to 20 s).

@@ -9,15 +9,15 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.context import get_train_context
 
 from sr_train.loop import Leave
 
-STOPPED = "the driver was told to stop"
-"""The reason for which a worker leaves for good; for all others its run goes on elsewhere."""
-
 _LOOK_INTERVAL_S = 0.25
+
+_TERMINATED = "a worker's process was told to end (SIGTERM)"
 
 _trains = threading.Event()
 _terminated = threading.Event()
@@ -58,33 +58,38 @@ def _heed_sigterm() -> None:
 
 
 @contextmanager
-def notices(mailbox: Any, *, is_first: bool) -> Iterator[Leave]:
-    """A function that says why this worker should leave, None if it need not; it never waits.
+def notices(mailbox: Any, *, start: int) -> Iterator[Leave]:
+    """A function that says why the workers of that start should leave, None if they need not; it never waits.
 
-    Only the first worker looks after the driver's word: the loop tells the others.
+    What one worker is told reaches the others by the mailbox, so that none of them goes on with its part of a
+    validation; a drained node is told to all of them by Ray.
     """
-    stopped, closing = threading.Event(), threading.Event()
+    told: list[str] = []
+    closing = threading.Event()
 
     def look() -> None:
-        while not closing.wait(_LOOK_INTERVAL_S):
-            if ray.get(mailbox.is_stopping.remote()):
-                stopped.set()
+        while not told and not closing.wait(_LOOK_INTERVAL_S):
+            try:
+                if _terminated.is_set():
+                    ray.get(mailbox.leave.remote(start, _TERMINATED))
+                reason = ray.get(mailbox.why_leave.remote(start))
+            except RayError:  # the driver is gone, and Ray will end this worker
                 return
+            if reason is not None:
+                told.append(reason)
 
     def leave() -> str | None:
-        if stopped.is_set():
-            return STOPPED
+        if told:
+            return told[0]
         if _terminated.is_set():
-            return "a worker's process was told to end (SIGTERM)"
+            return _TERMINATED
         # ray.train.get_preemption_info() would make every call a barrier of all workers.
         info = get_train_context().preemption_context.preemption_info
         if info is not None:
             return f"{'a node' if len(info.preempted_node_ids) == 1 else 'nodes'} will be taken away"
         return None
 
-    thread = threading.Thread(target=look, name="driver-stop", daemon=True)
-    if is_first:
-        thread.start()
+    threading.Thread(target=look, name="notices", daemon=True).start()
     _trains.set()
     try:
         yield leave

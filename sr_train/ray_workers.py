@@ -12,7 +12,6 @@ import logging
 import math
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -23,6 +22,9 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,17 +35,20 @@ from sr_train.collective import Collective
 from sr_train.gan_watchdog import CollapseError
 from sr_train.learner import NonFiniteLossError
 from sr_train.loop import CheckpointWriteError, Left, Position
-from sr_train.mailbox import Mailbox, Message, Order
+from sr_train.mailbox import STOPPED, Mailbox, Message, Order
 from sr_train.metrics import MetricError
 from sr_train.options import RunConfig as TrainRunConfig
 from sr_train.ray_events import WorkerEvents
-from sr_train.ray_notices import STOPPED, LeavingTorchConfig, notices
+from sr_train.ray_notices import LeavingTorchConfig, notices
+from sr_train.run_folder import TakenOverError
 from sr_train.worker import Job, run_worker
 
 # Ray's stubs are those of the first version of Ray Train.
 _ScalingConfig: Any = ScalingConfig
 _RunConfig: Any = RunConfig
 
+_CLOSING_S = 60.0
+"""How long workers may take to end when all is done. Those of a node that was just lost may never start again."""
 POLL_INTERVAL_S = 0.1
 """How often either side looks into the mailbox while it waits."""
 _STILL_WAITING_S = 60.0
@@ -74,6 +79,8 @@ class Workers:
         self._run = run
         self._num_orders = 0
         self._group: _Group | None = None
+        self.are_training = False
+        """Whether workers have begun, and were not lost since: else there is nothing that a `stop` could save."""
 
     def __enter__(self) -> Self:
         return self
@@ -106,6 +113,8 @@ class Workers:
         self._num_orders += 1
         order = Order(self._num_orders, {"job": job, "asks": goes_on is not None})
         starts = failures = 0
+        self.are_training = False
+        lost: list[Mapping[str, Any]] = []
         while True:
             if self._group is not None and not self._group.is_alive():  # it used up its failures in earlier jobs
                 self.close(wait=False)
@@ -122,9 +131,14 @@ class Workers:
                         group.answer(values["step"], answer)
                 elif kind == "end":
                     return _result(values, num_restarts=max(0, starts - 1))
-                else:
-                    starts += kind == "start"
-                    failures += kind == "lost"
+                elif values not in lost:  # Ray tells a loss again at every look while a node is being drained
+                    if kind == "start":
+                        starts, lost, self.are_training = starts + 1, [], True
+                    elif kind == "lost":
+                        failures += not lost
+                        lost.append(values)
+                    if kind in ("lost", "left"):
+                        self.are_training = False
                     on_message((kind, values))
             # Ray Train gave up. It counts failures over all of the group's jobs, and workers that left as they were
             # told to; here are counted those of this job that failed.
@@ -135,7 +149,7 @@ class Workers:
 
     def stop(self, *, on_message: Callable[[Message], None], timeout_s: float) -> None:
         """Asks the workers of a `fit` that was interrupted to save a checkpoint and leave; waits until they have."""
-        if self._group is None:
+        if self._group is None or not self.are_training:
             return
         deadline_s = time.monotonic() + timeout_s
         self._group.stop()
@@ -159,6 +173,9 @@ class _Group:
 
     def __init__(self, run: TrainRunConfig) -> None:
         self._mailbox = _mailbox()
+        # Ray Train gives this actor of its own five seconds to answer, and prints a traceback where its process takes
+        # longer to start. So it is started here, while the controller's own does.
+        get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
         self._error: Exception | None = None
         self.is_fatal = False
         # Not the thread's own state: a signal handler that raises while a thread is joined leaves it marked as ended
@@ -211,7 +228,7 @@ class _Group:
     def close(self, *, wait: bool) -> None:
         self._mailbox.close.remote()
         if wait:
-            self._ended.wait()
+            self._ended.wait(_CLOSING_S)
 
 
 def _mailbox() -> Any:
@@ -271,12 +288,11 @@ def _ray_worker(config: dict[str, Any]) -> None:
 def _carry_out(order: Order, mailbox: Any) -> None:
     """`run_worker` between Ray's process group and the mailbox."""
     is_first = ray.train.get_context().get_world_rank() == 0
-    sender = uuid.uuid4().hex
-    if is_first:
-        mailbox.begin.remote(order.number, sender)
+    # Of all, not rank 0's word alone: whoever was cut off from the others has begun nothing.
+    start = Collective.of_process_group().gather(ray.get(mailbox.begin.remote()) if is_first else 0)[0]
 
     def send(kind: str, values: Mapping[str, Any]) -> Any:
-        return mailbox.put.remote(order.number, sender, (kind, values)) if is_first else None
+        return mailbox.put.remote(order.number, start, (kind, values)) if is_first else None
 
     def send_last(kind: str, values: Mapping[str, Any]) -> None:
         if is_first:  # it has arrived before this worker ends, and what it sent earlier too
@@ -292,9 +308,10 @@ def _carry_out(order: Order, mailbox: Any) -> None:
     if given_up is not None:  # Ray Train starts every failed worker again; this error would only come back
         return send_last("end", {"error": given_up})
     try:
-        with notices(mailbox, is_first=is_first) as leave:
+        with notices(mailbox, start=start) as leave:
             position, measures = run_worker(
                 order.payload["job"],
+                start=start,
                 device=ray.train.torch.get_device(),
                 send=send,
                 goes_on=goes_on if order.payload["asks"] else None,
@@ -317,9 +334,10 @@ def _carry_out(order: Order, mailbox: Any) -> None:
         MetricError,
         StorageError,
     ) as error:
-        # Storage that refuses or is away may be back at the next start; a file that is not there will not.
-        if not isinstance(error, StorageError) or error.errno == errno.ENOENT:
-            ray.get(mailbox.set_fatal.remote(order.number, str(error)))
+        # Storage that refuses or is away may be back at the next start; a file that is not there will not, nor a run
+        # that is another's by now.
+        if not isinstance(error, StorageError) or error.errno == errno.ENOENT or isinstance(error, TakenOverError):
+            ray.get(mailbox.set_fatal.remote(order.number, start, str(error)))
         # Raised on every worker: all end here, in step.
         if isinstance(error, (NonFiniteLossError, CollapseError, CheckpointWriteError)):
             return send_last("end", {"error": str(error)})

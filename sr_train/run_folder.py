@@ -35,17 +35,33 @@ def claim(run: Store) -> str:
 
 
 START_KEY = "start.txt"
-"""Names the group of workers that trains: the last one that its driver has started."""
+"""Names the group of workers that trains: the driver's claim, and the number of the newest start that wrote there."""
 
 
-def claim_start(run: Store, owner: str) -> str:
-    """Takes a driver's run for the workers that begin now, from those that began before: a node that was cut off comes
-    back with workers that others have replaced. Returns the claim that `OwnedStore` checks.
+class TakenOverError(StorageError):
+    """The run is another driver's by now, or that of workers that started later."""
+
+
+def claim_start(run: Store, owner: str, start: int) -> str:
+    """Takes a driver's run for the workers of its start of that number, from those that began before: a node that was
+    cut off comes back with workers that others have replaced. Returns the claim that `OwnedStore` checks.
+
+    Raises TakenOverError if the run is another driver's, or if a later start has taken it: who was cut off may have
+    waited for storage as long.
     """
     _check_claim(run, OWNER_KEY, owner)
-    start = uuid.uuid4().hex
-    run.write(START_KEY, start.encode())
-    return start
+    if run.exists(START_KEY):
+        held_by, _, number = run.read_text(START_KEY).partition(" ")
+        if held_by == owner and int(number) > start:
+            raise _taken_over(run, START_KEY)
+    claim = f"{owner} {start}"
+    run.write(START_KEY, claim.encode())
+    return claim
+
+
+def is_owned(run: Store, owner: str) -> bool:
+    """Whether the run is still that driver's. StorageError where storage can't tell."""
+    return run.read_text(OWNER_KEY) == owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +91,9 @@ class OwnedStore(Store):
 
 def _check_claim(run: Store, key: str, claim: str) -> None:
     if run.read_text(key) != claim:
-        others = "another driver has" if key == OWNER_KEY else "workers that started later have"
-        raise StorageError(f"{run.uri}: {others} taken this run over, so this one stops")
+        raise _taken_over(run, key)
+
+
+def _taken_over(run: Store, key: str) -> TakenOverError:
+    others = "another driver has" if key == OWNER_KEY else "workers that started later have"
+    return TakenOverError(f"{run.uri}: {others} taken this run over, so this one stops")

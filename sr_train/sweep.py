@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from sr_data.storage import Store, open_store
+from sr_data.storage_patience import patient_store, to_stderr
 from sr_train import checkpoint as ckpt
 from sr_train.champion import compare_with_champion
 from sr_train.cli import TrainCommand
@@ -82,7 +83,7 @@ class _Sweep:
 
     def __init__(self, plan: SweepPlan, script_started_s: float) -> None:
         self._plan, self._script_started_s = plan, script_started_s
-        self._store = open_store(plan.uri)
+        self._store = patient_store(plan.uri, plan.base.config.checkpoint.patience_s, say=to_stderr)
         self._facts = run_facts()
         self._records = {record.name: record for record in plan.known}
 
@@ -177,7 +178,8 @@ class _Sweep:
 
     def _register(self, best: TrialRecord, parent: RunHandle | None) -> Conclusion:
         plan = trial_plan(self._plan, best.sample, best.name)
-        checkpoints = checkpoint_store(plan.run_uri)
+        patience_s = plan.config.checkpoint.patience_s
+        checkpoints = patient_store(checkpoint_store(plan.run_uri).uri, patience_s, say=to_stderr)
         newest = ckpt.newest_whole(checkpoints)
         assert newest is not None, "a trial with a score has a checkpoint"
         position = Position.from_meta(ckpt.read_checkpoint(checkpoints, newest).meta)
@@ -185,7 +187,7 @@ class _Sweep:
         if parent is not None:
             tracking = replace(parent, run_id=best.mlflow_run or parent.run_id, run_name=best.name)
         result = FitResult(position=position, measures={}, num_restarts=0)
-        return conclude(plan, open_store(plan.run_uri), tracking, result)
+        return conclude(plan, patient_store(plan.run_uri, patience_s, say=to_stderr), tracking, result)
 
     def _start_tracking(self) -> RunHandle | None:
         plan, base = self._plan, self._plan.base

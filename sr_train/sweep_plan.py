@@ -79,6 +79,12 @@ def make_sweep_plan(
 ) -> SweepPlan:
     """Checks what `make_plan` checks, the space, the limits and that a trial fits. Raises PlanError or ConfigError."""
     asked, search = config, with_budgets(config)
+    for flag, is_given in (
+        ("--run.wait-for-nodes", config.base.run.wait_for_nodes),
+        ("--run.min-workers", config.base.run.min_workers is not None),
+    ):
+        if is_given:
+            raise ConfigError(f"{flag}: a sweep is planned on the nodes that are there; start them first")
     if config.base.checkpoint.init_from is not None:
         raise ConfigError("--checkpoint.init-from: trials differ in their networks, so they begin from nothing")
     check_space(config.space, config.base, total_patches=search.trial_patches or 0)
@@ -126,8 +132,8 @@ def place_trials(run: RunConfig, cluster: ClusterFacts) -> tuple[RunConfig, int]
             for node_cpus, node_gpus in zip(cluster.cpus_per_node, cluster.gpus_per_node, strict=True)
         )
         raise ConfigError(
-            f"a trial of {run.num_workers} workers with {each} each can never run on this cluster ({nodes}): lower "
-            "--run.num-workers, --run.cpus-per-worker or --run.gpus-per-worker"
+            f"a trial of {run.num_workers} workers with {each} each can't run on the nodes that are there ({nodes}): "
+            "lower --run.num-workers, --run.cpus-per-worker or --run.gpus-per-worker, or start more nodes first"
         )
     threads = run.threads_per_worker or max(1, int(cpus))
     return replace(run, device=device, cpus_per_worker=cpus, threads_per_worker=threads), slots

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from sr_data.errors import StorageError
-from sr_data.storage import Store, open_store, split_uri
+from sr_data.storage import Store, split_uri
+from sr_data.storage_patience import PatientStore, patient_store
 from sr_train import checkpoint as ckpt
 from sr_train.config import config_to_dict, flatten
 from sr_train.driver import make_job
@@ -22,7 +22,7 @@ from sr_train.loop import Position
 from sr_train.pareto import over_limit
 from sr_train.plan import Plan
 from sr_train.ray_workers import TrainingFailedError, Workers
-from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, OWNER_KEY, checkpoint_store, claim
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TakenOverError, checkpoint_store, claim, is_owned
 from sr_train.sweep_plan import TRIAL_KEY, SweepPlan, cost_of, trial_plan, trials_uri
 from sr_train.tracking import RunHandle, finish_run, nested_run, replay_spool, start_run
 from sr_train.tracking_server import TrackingError
@@ -52,8 +52,9 @@ class TrialTask:
 
     def check_owner(self) -> None:
         """StorageError if another driver has taken the sweep over: its trials are not this one's to write."""
-        if self.owner is not None and open_store(self.sweep.uri).read_text(OWNER_KEY) != self.owner:
-            raise StorageError(f"{self.sweep.uri}: another driver has taken this sweep over, so this one stops")
+        patience_s = self.sweep.base.config.checkpoint.patience_s
+        if self.owner is not None and not is_owned(patient_store(self.sweep.uri, patience_s), self.owner):
+            raise TakenOverError(f"{self.sweep.uri}: another driver has taken this sweep over, so this one stops")
 
 
 def run_trial(
@@ -69,7 +70,8 @@ def run_trial(
 
     What it told in an earlier attempt it tells again. A `donor` is a trial whose last checkpoint it goes on from
     instead, with this sample (itself, if it was only paused).
-    Training that fails is the trial's result, not an error. Raises StorageError where records can't be read or written.
+    Training that fails is the trial's result, not an error. Storage that is away is waited for;
+    raises StorageError where records can't be read or written.
     """
     task.check_owner()
     store = trial_store(task.sweep, name)
@@ -96,7 +98,7 @@ def run_trial(
     return _Training(task, trial_plan(task.sweep, sample, name), store, record, workers, report).run()
 
 
-def _taken_over(donor: TrialRecord, record: TrialRecord, sample: Sample, store: Store) -> TrialRecord:
+def _taken_over(donor: TrialRecord, record: TrialRecord, sample: Sample, store: PatientStore) -> TrialRecord:
     """The record of a trial that goes on from the donor's last validation; the checkpoint is copied into its folder,
     and what else there was is deleted.
     """
@@ -104,11 +106,12 @@ def _taken_over(donor: TrialRecord, record: TrialRecord, sample: Sample, store: 
         return replace(record, status="running")  # it was paused, and its folder is as it left it
     assert donor.newest_checkpoint is not None, "Tune takes donors from trials that were validated"
     point, origin = donor.history[-1], donor.newest_checkpoint
-    checkpoint = ckpt.read_checkpoint(*split_uri(origin))
+    origins, origin_key = split_uri(origin)
+    checkpoint = ckpt.read_checkpoint(PatientStore(origins.uri, store.patience), origin_key)
     scores = {"psnr_db": point.psnr_db, "ssim": point.ssim}
     key = ckpt.key_of_step(checkpoint.step)
     best = {**(checkpoint.meta["best"] or {}), **scores, "step": checkpoint.step, "key": key}
-    checkpoints = checkpoint_store(store.uri)
+    checkpoints = PatientStore(checkpoint_store(store.uri).uri, store.patience)
     ckpt.write_checkpoint(checkpoints, replace(checkpoint, meta={**checkpoint.meta, "best": best}))
     for other in ckpt.list_keys(checkpoints):
         if other != key:  # of a network that this trial no longer is
@@ -125,9 +128,9 @@ def _taken_over(donor: TrialRecord, record: TrialRecord, sample: Sample, store: 
     )
 
 
-def trial_store(sweep: SweepPlan, name: str) -> Store:
-    """A trial's folder."""
-    return open_store(f"{trials_uri(sweep.uri)}/{name}")
+def trial_store(sweep: SweepPlan, name: str) -> PatientStore:
+    """A trial's folder; while storage is away the trial waits, and its workers with it."""
+    return patient_store(f"{trials_uri(sweep.uri)}/{name}", sweep.base.config.checkpoint.patience_s)
 
 
 def read_record(store: Store) -> TrialRecord | None:

@@ -68,13 +68,20 @@ class Job:
 
 
 def run_worker(
-    job: Job, *, device: torch.device, send: Send, goes_on: GoesOn | None = None, leave: Leave = lambda: None
+    job: Job,
+    *,
+    start: int = 1,
+    device: torch.device,
+    send: Send,
+    goes_on: GoesOn | None = None,
+    leave: Leave = lambda: None,
 ) -> tuple[Position, dict[str, float]]:
     """Goes on from the run's newest checkpoint, or begins, and trains to the end. Returns where it ended, and what it
     cost. Raises `Left`, and whatever training raises.
 
-    `send` tells the driver something, and does nothing but on rank 0. `goes_on` and `leave` as for
-    `sr_train.loop.train`; with `job.measures_latency` it is asked before the first step too, with `latency_s`.
+    `start` counts the driver's starts of workers: a later one takes the run from an earlier one. `send` tells the
+    driver something, and does nothing but on rank 0. `goes_on` and `leave` as for `sr_train.loop.train`; with
+    `job.measures_latency` it is asked before the first step too, with `latency_s`.
     """
     config = job.config
     collective = Collective.of_process_group()
@@ -90,8 +97,8 @@ def run_worker(
     learner = parts.learner
     run = open_store(job.run_uri)
     patience, absent = _patience(config, send, collective), "the run's folder can't be used"
-    start = patience.spend(partial(claim_start, run, job.owner), on=absent) if collective.rank == 0 else ""
-    store = OwnedStore(checkpoint_store(job.run_uri).uri, run, job.owner, start)
+    claim = patience.spend(partial(claim_start, run, job.owner, start), on=absent) if collective.rank == 0 else ""
+    store = OwnedStore(checkpoint_store(job.run_uri).uri, run, job.owner, claim)
     newest = partial(patience.spend, partial(ckpt.newest_whole, store), on=absent)
     key = collective.first(newest() if collective.rank == 0 else None)
     position = Position()

@@ -36,6 +36,7 @@ SETTINGS = {
     "RAY_AUTH_MODE": "disabled",  # right for loopback only: the clusters of the tests live there
     # Ray makes its workers wait behind every other process of the machine (niceness 15), and the tests are some.
     "RAY_worker_niceness": "0",
+    "RAY_agent_register_timeout_ms": "120000",  # where other tests run too, a node's agent takes more than Ray's 30 s
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

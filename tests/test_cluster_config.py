@@ -22,14 +22,16 @@ from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
 from tests.support.process import Child, answers_http, free_ports
 
-SPOT_NOTICE_S = 120
-"""Between AWS's notice and the end of a spot instance."""
 SECRET = re.compile(r"AKIA[A-Z0-9]{12,}|(?i:(secret|password|token)[a-z_]*\s*[:=]\s*[\"']?[A-Za-z0-9+/]{16,})")
 CONFIGS = (
     "cluster.yaml",
     "cluster-onprem.yaml",
     "docker/compose.yaml",
     "docker/env.example",
+    "docker/systemd/sr-ray-head.service",
+    "docker/systemd/sr-ray-worker.service",
+    "docker/kubernetes/common.yaml",
+    "docker/kubernetes/mlflow.yaml",
     "docker/kubernetes/raycluster.yaml",
     "docker/kubernetes/rayjob.yaml",
 )
@@ -168,7 +170,19 @@ def test_there_is_time_for_a_checkpoint(repo: Path, aws: dict[str, Any]) -> None
     assert len(settings) == 3
     for it in settings:
         assert int(it["RAY_JOB_STOP_WAIT_TIME_S"]) > JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S
-        assert 30 < int(it["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) < SPOT_NOTICE_S
+
+
+@pytest.mark.parametrize("node", ["head", "worker"])
+def test_jobs_on_a_systemd_node_find_python_and_a_stopped_node_may_drain(repo: Path, node: str) -> None:
+    lines = (repo / "docker" / "systemd" / f"sr-ray-{node}.service").read_text().splitlines()
+    env = dict(it.split("=", 1) for line in lines if line.startswith("Environment=") for it in line[12:].split())
+    unit = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith(("#", "Environment=")))
+    # Jobs get what the unit's environment has, and `python` is the first word of their command.
+    assert env["PATH"].split(":")[0] == str(Path(unit["ExecStart"].split()[0]).parent)
+    assert env["RAY_AUTH_MODE"] == "token" and unit["EnvironmentFile"].startswith("/etc/")
+    assert "--block" in unit["ExecStart"].split(), "else nothing drains on SIGTERM"
+    drain_s = int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert (node == "head") is (drain_s == 0) and drain_s < int(unit.get("TimeoutStopSec", 90))
 
 
 def test_what_nodes_run_beside_ray_is_in_their_image(repo: Path, aws: dict[str, Any]) -> None:
@@ -201,6 +215,8 @@ def test_pods_are_not_root_and_have_time_to_drain(ray_cluster: dict[str, Any], r
     assert ray_cluster["spec"]["authOptions"] == {"mode": "token"}
     for group, pod in pods(ray_cluster).items():
         [container] = pod["containers"]
+        # What the operator lets the head do, change pods, no job on a worker may.
+        assert (pod.get("automountServiceAccountToken") is False) is (group != "head")
         assert pod["securityContext"]["runAsNonRoot"] is True, group
         assert container["securityContext"]["allowPrivilegeEscalation"] is False, group
         image = container["image"]
@@ -219,9 +235,25 @@ def test_a_rayjob_tried_again_goes_on_with_the_same_run(repo: Path) -> None:
 
 
 def test_the_rayjobs_cluster_is_the_raycluster(repo: Path) -> None:
-    [_, cluster] = documents(repo, "raycluster")
+    [cluster] = documents(repo, "raycluster")
     [job] = documents(repo, "rayjob")
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]
+
+
+def test_only_pods_of_ours_reach_ray_and_mlflow_on_kubernetes(repo: Path, ray_cluster: dict[str, Any]) -> None:
+    account, policy = documents(repo, "common")
+    [_, mlflow, _] = documents(repo, "mlflow")
+    [job] = documents(repo, "rayjob")
+    spec = ray_cluster["spec"]
+    templates = [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+    templates += [job["spec"]["submitterPodTemplate"], mlflow["spec"]["template"]]
+    ours = policy["spec"]["podSelector"]["matchLabels"]
+    for template in templates:
+        assert ours.items() <= template["metadata"]["labels"].items()
+        assert template["spec"].get("serviceAccountName", account["metadata"]["name"]) == account["metadata"]["name"]
+    [rule] = policy["spec"]["ingress"]
+    pods_of_ours, operator = rule["from"]
+    assert pods_of_ours == {"podSelector": {"matchLabels": ours}} and "namespaceSelector" in operator
 
 
 def test_compose_shows_its_services_on_this_machine_only(repo: Path) -> None:
@@ -233,9 +265,13 @@ def test_compose_shows_its_services_on_this_machine_only(repo: Path) -> None:
             healthy = "healthcheck" in services[other] or "ray start" in services[other]["command"]  # the image's own
             assert condition["condition"] == ("service_healthy" if healthy else "service_completed_successfully"), name
     assert services["worker"]["deploy"]["replicas"] == 2
+    assert int(services["head"]["environment"]["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) == 0
     drain_s = int(services["worker"]["environment"]["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
     assert drain_s < int(services["worker"]["stop_grace_period"].removesuffix("s"))
-    assert services["head"]["build"]["target"] in targets(repo)
+    target = services["head"]["build"]["target"]
+    assert re.sub(r"\$\{\w+:-(\w+)\}", r"\1", target) in targets(repo)
+    images = {it["image"] for name, it in services.items() if name != "s3"}
+    assert images == {f"sr-ray:{target}"}  # what is built is called after what it is
 
 
 def test_compose_takes_secrets_from_a_file_that_git_ignores(repo: Path) -> None:

@@ -133,18 +133,29 @@ def test_a_rebalance_recommendation_drains_only_if_wanted(program: ModuleType, i
     assert program.find_notice(metadata, on_rebalance=True).remaining_s > 0
 
 
-def test_a_service_that_does_not_answer_is_asked_again(repo: Path, imds: Imds, tmp_path: Path) -> None:
-    (nobody,) = free_ports(1)
+def start(repo: Path, metadata_url: str, folder: Path) -> Child:
+    """The program, as it runs beside Ray, but impatient."""
     command = [sys.executable, repo / "docker" / "spot_notice.py", "--interval-s", "0.05"]
-    child = Child.start(
-        "spot_notice",
-        [*command, "--metadata-url", f"http://127.0.0.1:{nobody}"],
-        log_path=tmp_path / "log",
-        env=os.environ,
-    )
+    command += ["--metadata-url", metadata_url]
+    return Child.start("spot_notice", command, log_path=folder / "log", env=os.environ)
+
+
+def test_a_notice_without_a_time_is_said_and_asked_for_again(repo: Path, imds: Imds, tmp_path: Path) -> None:
+    imds.documents["/spot/instance-action"] = {"action": "terminate"}  # not as AWS documents it
+    child = start(repo, imds.url, tmp_path)
+    try:
+        child.wait_until(lambda: "can't be asked: KeyError: 'time'" in child.log_tail())
+        imds.documents.clear()
+        child.wait_until(lambda: "answers again" in child.log_tail())
+    finally:
+        child.stop()
+
+
+def test_a_service_that_does_not_answer_is_asked_again(repo: Path, tmp_path: Path) -> None:
+    (nobody,) = free_ports(1)
+    child = start(repo, f"http://127.0.0.1:{nobody}", tmp_path)
     try:
         child.wait_until(lambda: "can't be asked" in child.log_tail())
-        imds.documents["/spot/instance-action"] = {"action": "terminate"}  # no time: not as AWS documents it
         server = ThreadingHTTPServer(("127.0.0.1", nobody), BaseHTTPRequestHandler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         child.wait_until(lambda: "501" in child.log_tail())  # it lives, and says what is different now

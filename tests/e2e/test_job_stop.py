@@ -324,7 +324,7 @@ def test_what_the_nodes_environment_holds_is_shown_and_written_nowhere(stopped: 
 
 
 def test_what_a_job_brings_is_shown_by_ray(stopped: Stopped) -> None:
-    """That is why docs/operations.md puts credentials on the nodes. It shows too that the search above would find."""
+    """That is why docs/security.md puts credentials on the nodes. It shows too that the search above would find."""
     job = stopped.place.head.start_job("true", working_dir=stopped.place.checkout, env={"TOKEN": OF_A_JOB})
     assert job.wait().exit_code == 0
     said = said_by_ray(stopped.place, (job,))

@@ -73,9 +73,12 @@ def kill_a_data_task(site: Site, *, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         for node in site.nodes.nodes:
-            if pids := node.pids(DATA_TASK):
-                node.signal(pids[0], signal.SIGKILL)
-                return
+            for pid in node.pids(DATA_TASK):
+                node.signal(pid, signal.SIGSTOP)  # it may have ended its task since it was looked at
+                is_at_work = pid in node.pids(DATA_TASK)
+                node.signal(pid, signal.SIGKILL if is_at_work else signal.SIGCONT)
+                if is_at_work:
+                    return
     pytest.fail(f"no process {DATA_TASK!r} within {timeout_s:.0f} s")
 
 
@@ -128,6 +131,7 @@ def test_a_node_that_was_cut_off_harms_nothing_when_it_is_back(
     harmed.inflict("node cut off", node.cut_off)
     site.nodes.start_node()
     harmed.wait_until_going_on(times=1)
+    assert node.is_up(), "it still waits for the head"
     node.reconnect()
 
     # From the cluster only: it still reaches the object storage, and writes there when others have taken over.
@@ -197,9 +201,9 @@ def test_a_node_that_is_told_to_end_saves_that_very_step(
     unharmed_run: FinishedRun, gate: S3Gate, unharmed: dict[str, torch.Tensor], tmp_path: Path, seed: int
 ) -> None:
     site = unharmed_run.run.site
+    site.nodes.start_node()  # where there is room when the notice comes
     harmed = HarmedRun(NodeRun(site, unharmed_run.run.bucket, f"spot-notice-{seed}"), gate, seed)
 
-    site.nodes.start_node()  # where there is room when the notice comes
     harmed.random_moment(2 * STEPS_BETWEEN)
     node = harmed.rng.choice(site.nodes.training())
     harmed.inflict("spot notice: SIGTERM to a node", node.terminate)

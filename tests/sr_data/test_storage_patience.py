@@ -12,7 +12,7 @@ import pytest
 from sr_data import storage_patience, storage_s3
 from sr_data.errors import StorageError
 from sr_data.storage import Store, open_store
-from sr_data.storage_patience import Patience
+from sr_data.storage_patience import Patience, PatientStore
 from tests.support.faulty_proxy import FaultyProxy, Weather
 from tests.support.s3 import S3Server
 
@@ -124,3 +124,25 @@ def test_an_attempt_that_failed_elsewhere_counts_as_the_first() -> None:
     failed = StorageError(errno.EIO, "broke off")
     assert Patience(seconds=60, say=lines.append).spend(lambda: 7, on="x can't be read", after=failed) == 7
     assert [line.split(" ")[0] for line in lines] == ["x", "storage"] and "broke off" in lines[0]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("fault", ["503", "403"])
+def test_a_patient_store_waits_at_each_of_its_requests(store: Store, weather: Weather, fault: str) -> None:
+    lines: list[str] = []
+    patient = PatientStore(store.uri, Patience(seconds=60, say=clears_up(weather, lines)))
+    requests: list[Callable[[], object]] = [
+        lambda: patient.write("x", b"1"),
+        lambda: patient.exists("x"),
+        lambda: patient.read_text("x"),
+        lambda: patient.num_bytes("x"),
+        lambda: [entry.key for entry in patient.list()],
+        lambda: patient.delete("x"),
+        lambda: patient.exists("x"),
+    ]
+    answers = []
+    for request in requests:
+        weather.turn_bad(fault)  # type: ignore[arg-type]
+        answers.append(request())
+    assert answers == [None, True, "1", 1, ["x"], None, False]
+    assert len(lines) == 2 * len(requests)

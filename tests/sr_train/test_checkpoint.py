@@ -21,7 +21,7 @@ from sr_train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from sr_train.run_folder import OwnedStore, claim, claim_start
+from sr_train.run_folder import OwnedStore, TakenOverError, claim, claim_start
 
 TINY = EDSRConfig(scale=3, num_blocks=1, num_channels=4, residual_scaling=0.1)
 
@@ -109,9 +109,9 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_run(tmp_path: Path)
 
 def test_a_driver_whose_run_was_taken_over_changes_nothing_in_it(any_store: str) -> None:
     run = open_store(any_store)
-    first = owned(run, claim(run))
+    first = owned(run, claim(run), 1)
     key = write_checkpoint(first, checkpoint(1))
-    second = owned(run, claim(run))
+    second = owned(run, claim(run), 1)
     for change in (lambda: write_checkpoint(first, checkpoint(2)), lambda: first.delete(key)):
         with pytest.raises(StorageError, match="another driver has taken this run over"):
             change()
@@ -123,7 +123,7 @@ def test_workers_that_others_have_replaced_change_nothing(any_store: str) -> Non
     """Those of a node that was cut off, and comes back."""
     run = open_store(any_store)
     owner = claim(run)
-    before, after = owned(run, owner), owned(run, owner)
+    before, after = owned(run, owner, 1), owned(run, owner, 2)
     key = write_checkpoint(after, checkpoint(2))
     for change in (lambda: write_checkpoint(before, checkpoint(1)), lambda: before.delete(key)):
         with pytest.raises(StorageError, match="workers that started later have taken this run over"):
@@ -134,12 +134,23 @@ def test_workers_that_others_have_replaced_change_nothing(any_store: str) -> Non
 def test_workers_of_a_driver_that_lost_the_run_cannot_begin(any_store: str) -> None:
     run = open_store(any_store)
     first, second = claim(run), claim(run)
-    theirs = owned(run, second)
-    with pytest.raises(StorageError, match="another driver has taken this run over"):
-        claim_start(run, first)
+    theirs = owned(run, second, 1)
+    with pytest.raises(TakenOverError, match="another driver has taken this run over"):
+        claim_start(run, first, 2)
     write_checkpoint(theirs, checkpoint(1))  # and took nothing from those of the second
 
 
-def owned(run: Store, owner: str) -> OwnedStore:
-    """The run's checkpoints, for workers that begin now."""
-    return OwnedStore(f"{run.uri}/checkpoints", run, owner, claim_start(run, owner))
+def test_workers_that_were_cut_off_as_they_began_take_nothing_from_those_in_their_place(any_store: str) -> None:
+    run = open_store(any_store)
+    owner = claim(run)
+    in_their_place = owned(run, owner, 2)
+    with pytest.raises(TakenOverError, match="workers that started later have taken this run over"):
+        claim_start(run, owner, 1)  # it waited for storage meanwhile
+    write_checkpoint(in_their_place, checkpoint(1))
+    # Starts are counted by each driver anew.
+    write_checkpoint(owned(run, claim(run), 1), checkpoint(2))
+
+
+def owned(run: Store, owner: str, start: int) -> OwnedStore:
+    """The run's checkpoints, for the workers of that start."""
+    return OwnedStore(f"{run.uri}/checkpoints", run, owner, claim_start(run, owner, start))

@@ -517,3 +517,24 @@ def test_it_leaves_only_after_the_checkpoint_is_in_storage(tmp_path: Path) -> No
     store = FullDisk(str(tmp_path))
     with pytest.raises(CheckpointWriteError):
         run(loop_plan(total_steps=12, report_interval_s=0.0), store, leave=TellsToLeave(at=3))
+
+
+def test_a_run_that_becomes_slow_all_at_once_still_hears_in_time(tmp_path: Path) -> None:
+    """However many steps would fit between two reports at the speed so far."""
+    recorder = Recorder()
+    run(loop_plan(total_steps=130, report_interval_s=1e9), open_store(str(tmp_path)), recorder=recorder)
+    assert max(num_steps for _, num_steps, _ in recorder.steps) == 50
+
+
+def test_nothing_is_gone_back_to_before_the_first_good_validation(tmp_path: Path) -> None:
+    """Told to leave in its very first validation, it makes that one up, and it is what training is compared with."""
+
+    class CriesAtOnce(CriesOnce):
+        def judge(self, values: Mapping[str, float], *, step: int) -> str | None:
+            return "a wolf" if step == 0 else None
+
+    plan, position = loop_plan(total_steps=3), Position(validation_pending=True)
+    learner, recorder = new_learner(plan.optim), Recorder()
+    store = open_store(str(tmp_path))
+    ended, *_ = run(plan, store, watchdog=CriesAtOnce(learner), learner=learner, position=position, recorder=recorder)
+    assert ended.step == 3 and recorder.recoveries == []

@@ -66,7 +66,7 @@ def test_as_many_trials_at_once_as_the_cluster_holds(
 @pytest.mark.parametrize(
     ("facts", "run", "message"),
     [
-        (cluster(1), {"num_workers": 2}, r"2 workers with 1 CPUs each can never run .*\(1 CPUs\).*--run.num-workers"),
+        (cluster(1), {"num_workers": 2}, r"2 workers with 1 CPUs each can't run .*\(1 CPUs\).*--run.num-workers"),
         (cluster(1, 1), {"cpus_per_worker": 2}, r"2 CPUs each.*\(1 CPUs \+ 1 CPUs\).*--run.cpus-per-worker"),
         (cluster(8), {"device": "cuda"}, r"1 CPUs and 1 GPUs each.*\(8 CPUs and 0 GPUs\)"),
         (cluster(8, gpus=(0.25,)), {"device": "cuda", "gpus_per_worker": 0.5}, r"0.5 GPUs.*--run.gpus-per-worker"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tests.support.machines import Machine, Network
 from tests.support.mlflow_server import MlflowServer
 from tests.support.process import ServerError, answers_http
-from tests.support.ray_head import RAY, RayHead
+from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, RayHead
 from tests.support.s3 import S3Server
 
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
@@ -25,7 +25,8 @@ SEES_LOSSES_SOON = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # how long a node waits for a head that is away
+    # How long a node waits for a head that is away: one that was cut off is still there when it is connected again.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
 }
 
 
@@ -144,9 +145,7 @@ def start_nodes(network: Network, *, num_nodes: int, cpus_per_node: int) -> RayN
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     # On a network of their own: whoever can reach it belongs to this test.
     env |= {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": "/tmp", "RAY_USAGE_STATS_ENABLED": "0"}
-    # On a machine that tests share, workers at Ray's own niceness, 15, starve; a node's agent takes more than 30 s.
-    env |= {"RAY_worker_niceness": "0", "RAY_agent_register_timeout_ms": "120000"}
-    env |= SEES_LOSSES_SOON | {"OMP_WAIT_POLICY": "PASSIVE", "RAY_COLOR_PREFIX": "0"}
+    env |= ON_A_BUSY_MACHINE | SEES_LOSSES_SOON | {"OMP_WAIT_POLICY": "PASSIVE", "RAY_COLOR_PREFIX": "0"}
     cluster = RayNodes(network=network, cpus_per_node=cpus_per_node, env=env)
     for _ in range(num_nodes):
         cluster.start_node()

@@ -1,0 +1,94 @@
+"""What a driver makes of its workers' messages; the group that Ray Train runs is played by a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sr_train import ray_workers
+from sr_train.loop import Position
+from sr_train.mailbox import Message
+from sr_train.options import RunConfig
+from sr_train.ray_workers import TrainingFailedError, Workers
+
+START: Message = ("start", {"step": 0})
+LOST: Message = ("lost", {"ranks": [1], "message": "its node is gone"})
+LEFT: Message = ("left", {"step": 7, "message": "a node will be taken away"})
+END: Message = ("end", {"position": Position(step=9).to_meta(), "measures": {}})
+JOB: Any = SimpleNamespace()
+
+
+class PlayedGroup:
+    """Says what stands in the script, one list for each time that Ray Train is started."""
+
+    is_fatal = False
+
+    def __init__(self, script: list[list[Message]]) -> None:
+        self._messages = script.pop(0)
+        self.stopped = False
+
+    def is_alive(self) -> bool:
+        return True
+
+    def place(self, order: object) -> None:
+        pass
+
+    def messages(self, *, until_s: float = 0.0) -> Iterator[Message]:
+        yield from self._messages
+
+    def failure(self) -> str:
+        return "Ray Train gave up"
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def close(self, *, wait: bool) -> None:
+        pass
+
+
+def fit(monkeypatch: pytest.MonkeyPatch, *script: list[Message], max_failures: int) -> list[Message]:
+    """What the driver hears."""
+    left, heard = list(script), []  # type: ignore[var-annotated]
+    monkeypatch.setattr(ray_workers, "_Group", lambda _: PlayedGroup(left))
+    with Workers(RunConfig(max_failures=max_failures)) as workers:
+        workers.fit(JOB, on_message=heard.append)
+    return heard
+
+
+def test_a_loss_that_ray_tells_again_and_again_is_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does while a node is drained: at every look, until the others have left too."""
+    told = [START, LOST, LOST, LOST]
+    assert fit(monkeypatch, told, [START, END], max_failures=1) == [START, LOST, START]
+    with pytest.raises(TrainingFailedError):
+        fit(monkeypatch, [START, LOST], [START, LOST], [START, END], max_failures=1)
+
+
+def test_workers_that_left_as_they_were_told_to_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = [[START, LEFT], [START, LEFT], [START, LEFT, START, END]]
+    assert fit(monkeypatch, *script, max_failures=0).count(LEFT) == 3
+
+
+@pytest.mark.parametrize(
+    ("messages", "are_training"), [([], False), ([START], True), ([START, LOST], False), ([START, LEFT, START], True)]
+)
+def test_only_workers_that_train_are_asked_to_save(
+    monkeypatch: pytest.MonkeyPatch, messages: list[Message], are_training: bool
+) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    group = PlayedGroup([[*messages, ("progress", {})]])
+    monkeypatch.setattr(ray_workers, "_Group", lambda _: group)
+
+    def hear(message: tuple[str, Mapping[str, Any]]) -> None:
+        if message[0] == "progress":
+            raise Interrupted
+
+    workers = Workers(RunConfig())
+    with pytest.raises(Interrupted):
+        workers.fit(JOB, on_message=hear)
+    workers.stop(on_message=lambda _: None, timeout_s=5)
+    assert (workers.are_training, group.stopped) == (are_training, are_training)
