@@ -24,7 +24,8 @@ class Order:
 
     number: int
     """Counted from 1; the next one comes when this one has ended."""
-    payload: Any
+    payload: bytes
+    """Pickled by the driver and read by the workers: what is not looked at here need not be imported here."""
 
 
 class Mailbox:

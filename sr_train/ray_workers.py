@@ -22,6 +22,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray import cloudpickle
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
@@ -111,7 +112,7 @@ class Workers:
         to train on. Raises TrainingFailedError.
         """
         self._num_orders += 1
-        order = Order(self._num_orders, {"job": job, "asks": goes_on is not None})
+        order = Order(self._num_orders, cloudpickle.dumps((job, goes_on is not None)))  # type: ignore[no-untyped-call]
         starts = failures = 0
         self.are_training = False
         lost: list[Mapping[str, Any]] = []
@@ -304,17 +305,18 @@ def _carry_out(order: Order, mailbox: Any) -> None:
             time.sleep(POLL_INTERVAL_S)
         return bool(answer)
 
+    job, asks = cloudpickle.loads(order.payload)
     given_up: str | None = ray.get(mailbox.fatal.remote())
     if given_up is not None:  # Ray Train starts every failed worker again; this error would only come back
         return send_last("end", {"error": given_up})
     try:
         with notices(mailbox, start=start) as leave:
             position, measures = run_worker(
-                order.payload["job"],
+                job,
                 start=start,
                 device=ray.train.torch.get_device(),
                 send=send,
-                goes_on=goes_on if order.payload["asks"] else None,
+                goes_on=goes_on if asks else None,
                 leave=leave,
             )
     except Left as left:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 REPO = Path(__file__).resolve().parent.parent
+END_TO_END_TIMEOUT_S = 900
 FOREIGN_SETTINGS = ("AWS_", "MLFLOW_", "RAY_", "S3_ENDPOINT")
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -58,6 +59,13 @@ def pytest_configure() -> None:
             del os.environ[name]
     os.environ.update(SETTINGS)
     os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The time of an end-to-end test's clusters, servers and jobs counts as that of the first test that needs them."""
+    for item in items:
+        if item.get_closest_marker("e2e") is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(END_TO_END_TIMEOUT_S))
 
 
 class _FilesAndEndToEnd(LoadFileScheduling):

@@ -76,7 +76,6 @@ def photo(repo: Path) -> bytes:
     return target.getvalue()
 
 
-@pytest.mark.timeout(400)
 def test_a_jpeg_comes_back_upright_and_twice_as_large(served: Served, photo: bytes) -> None:
     answer = served.predict([base64.b64encode(photo).decode()])
     assert answer.status_code == 200, answer.text

@@ -20,7 +20,7 @@ from tests.support.node_runs import STEPS_BETWEEN, FinishedRun, NodeRun, assert_
 from tests.support.nodes import TRAINING_WORKER, Site
 from tests.support.s3_gate import S3Gate
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # the first test waits for the cluster, too
+pytestmark = pytest.mark.e2e
 
 DATA_TASK = "ray::MapBatches"
 

@@ -20,7 +20,7 @@ from tests.support.pipeline import REPO
 from tests.support.process import Child, answers_http
 from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, RayHead
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # nodes that start one by one
+pytestmark = pytest.mark.e2e
 
 IDLE_MINUTES = 0.2
 NODE = "cpu_worker"

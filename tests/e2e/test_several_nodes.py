@@ -11,7 +11,7 @@ from tests.support.node_runs import BATCH, STEPS, STEPS_BETWEEN, FinishedRun, No
 from tests.support.nodes import TRAINING_WORKER
 from tests.support.pipeline import without_controller
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # the first test waits for the cluster, too
+pytestmark = pytest.mark.e2e
 
 
 def test_one_worker_trains_on_each_node_and_none_on_the_head(unharmed_run: FinishedRun) -> None:

@@ -35,7 +35,7 @@ from tests.support.ray_head import Job, JobOutcome, RayHead
 from tests.support.s3 import S3Server, missing_ceph_programs
 
 # Two jobs, three groups of workers, in a fixture: on a busy machine that takes more than a test may.
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.e2e
 
 EXPERIMENT = "srgan"
 BATCH, STEPS, INTERVAL_STEPS, KILL_AT_STEP = 16, 60, 6, 18
@@ -147,7 +147,7 @@ def credentials(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def trained(place: Place) -> Trained:
     job = place.start("mine")
-    job.wait_until_said(f"step {KILL_AT_STEP}: PSNR", timeout_s=280)
+    job.wait_until_said(f"step {KILL_AT_STEP}: PSNR", timeout_s=500)
     os.kill(job.driver_pid(), signal.SIGKILL)
     killed = job.wait()
     with pytest.MonkeyPatch.context() as patch:

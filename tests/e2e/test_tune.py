@@ -27,7 +27,7 @@ from tests.support.pipeline import REPO
 from tests.support.ray_head import Job, JobOutcome, RayHead
 from tests.support.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.e2e
 
 NUM_TRIALS, BATCH, TRIAL_PATCHES, GRACE_PATCHES = 12, 16, 1440, 160
 EXPERIMENT, MODEL = "tuning", "edsr-tuned"
@@ -85,14 +85,14 @@ def sweep(cluster: Cluster) -> Sweep:
         for name, value in cluster.s3.env.items():
             patch.setenv(name, value)
         job = cluster.start("sweep", *WHAT, "--num-trials", NUM_TRIALS)
-        job.wait_until_said(f"trial 4/{NUM_TRIALS}", timeout_s=280)
+        job.wait_until_said(f"trial 4/{NUM_TRIALS}", timeout_s=500)
         os.kill(job.driver_pid(), signal.SIGKILL)
         job.wait()
         store = open_store(f"{cluster.bucket}/sweeps/sweep")
         before = {entry.key: store.read_text(entry.key) for entry in store.list("trials/") if "trial.json" in entry.key}
 
         job = cluster.start("sweep", "--resume")
-        job.wait_until_said(f"trial 7/{NUM_TRIALS}", timeout_s=280)
+        job.wait_until_said(f"trial 7/{NUM_TRIALS}", timeout_s=500)
         training_workers(cluster)[0].kill()
         return Sweep(outcome=job.wait(timeout_s=400), store=store, before=before)
 

@@ -26,7 +26,7 @@ from tests.support.pipeline import REPO
 from tests.support.ray_head import Job, JobOutcome, RayHead
 from tests.support.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # the fixture starts two jobs, each of which may take its time
+pytestmark = pytest.mark.e2e
 
 NUM_IMAGES, HALF = 200, 100
 CONFIG = EDSRConfig(scale=2, num_blocks=1, num_channels=4)
@@ -77,7 +77,7 @@ class Place:
         return found
 
 
-def wait_for(what: str, ready: object, *, timeout_s: float = 280.0) -> None:
+def wait_for(what: str, ready: object, *, timeout_s: float = 500.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not ready():  # type: ignore[operator]
         assert time.monotonic() < deadline, what

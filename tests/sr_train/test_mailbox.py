@@ -7,14 +7,14 @@ def test_workers_that_have_done_nothing_yet_find_the_order_that_is_not_finished(
     """Those that replace lost workers begin with number 0, whichever order they come to."""
     mailbox = Mailbox()
     assert mailbox.order_after(0) == (None, True)
-    for order in (Order(1, "first"), Order(2, "second")):
+    for order in (Order(1, b"first"), Order(2, b"second")):
         mailbox.place(order)
         assert mailbox.order_after(0) == mailbox.order_after(order.number - 1) == (order, True)
         assert mailbox.order_after(order.number) == (None, True)
 
 
 def test_after_its_end_there_is_no_further_order_but_the_one_that_is_not_finished() -> None:
-    mailbox, order = Mailbox(), Order(1, "first")
+    mailbox, order = Mailbox(), Order(1, b"first")
     mailbox.place(order)
     mailbox.close()
     assert mailbox.order_after(0) == (order, False)
@@ -23,7 +23,7 @@ def test_after_its_end_there_is_no_further_order_but_the_one_that_is_not_finishe
 
 def test_messages_are_taken_once_in_the_order_in_which_they_were_sent() -> None:
     mailbox = Mailbox()
-    mailbox.place(Order(1, "job"))
+    mailbox.place(Order(1, b"job"))
     start = mailbox.begin()
     sent = [("start", {"step": 0}), ("progress", {"step": 1}), ("end", {})]
     for message in sent:
@@ -33,7 +33,7 @@ def test_messages_are_taken_once_in_the_order_in_which_they_were_sent() -> None:
 
 def test_workers_that_others_have_replaced_are_not_heard_any_more() -> None:
     mailbox = Mailbox()
-    mailbox.place(Order(1, "job"))
+    mailbox.place(Order(1, b"job"))
     cut_off, in_their_place = mailbox.begin(), mailbox.begin()
     error = "workers that started later have taken this run over"
     mailbox.put(1, cut_off, ("end", {"error": error}))
@@ -42,17 +42,17 @@ def test_workers_that_others_have_replaced_are_not_heard_any_more() -> None:
     mailbox.put(1, in_their_place, ("start", {"step": 0}))
     assert mailbox.take() == [("start", {"step": 0})]
     assert mailbox.fatal() is None and mailbox.why_leave(in_their_place) is None
-    assert mailbox.order_after(0) == (Order(1, "job"), True)
+    assert mailbox.order_after(0) == (Order(1, b"job"), True)
 
 
 def test_an_order_that_has_ended_is_not_done_again() -> None:
     """A node may be lost between two trials of a sweep, or as a run ends."""
     mailbox = Mailbox()
-    mailbox.place(Order(1, "first"))
+    mailbox.place(Order(1, b"first"))
     mailbox.put(1, mailbox.begin(), ("end", {}))
     assert mailbox.order_after(0) == (None, True)
-    mailbox.place(Order(2, "second"))
-    assert mailbox.order_after(0) == (Order(2, "second"), True)
+    mailbox.place(Order(2, b"second"))
+    assert mailbox.order_after(0) == (Order(2, b"second"), True)
 
 
 def test_what_one_worker_is_told_all_workers_of_its_start_hear() -> None:
@@ -68,7 +68,7 @@ def test_what_one_worker_is_told_all_workers_of_its_start_hear() -> None:
 
 def test_a_question_has_no_answer_until_there_is_one() -> None:
     mailbox = Mailbox()
-    mailbox.place(Order(1, "job"))
+    mailbox.place(Order(1, b"job"))
     mailbox.answer(10, goes_on=True)
     mailbox.answer(20, goes_on=False)
     assert [mailbox.answer_to(step) for step in (10, 20, 30)] == [True, False, None]
@@ -76,7 +76,7 @@ def test_a_question_has_no_answer_until_there_is_one() -> None:
 
 def test_the_first_error_that_would_come_back_is_kept() -> None:
     mailbox = Mailbox()
-    mailbox.place(Order(1, "job"))
+    mailbox.place(Order(1, b"job"))
     assert mailbox.fatal() is None
     start = mailbox.begin()
     mailbox.set_fatal(1, start, "the loss is nan")
@@ -86,12 +86,12 @@ def test_the_first_error_that_would_come_back_is_kept() -> None:
 
 def test_an_order_begins_with_nothing_of_the_one_before() -> None:
     mailbox = Mailbox()
-    mailbox.place(Order(1, "first"))
+    mailbox.place(Order(1, b"first"))
     mailbox.answer(10, goes_on=False)
     start = mailbox.begin()
     mailbox.set_fatal(1, start, "the loss is nan")
     mailbox.put(1, start, ("progress", {"step": 11}))  # sent before the worker knew
-    mailbox.place(Order(2, "second"))
+    mailbox.place(Order(2, b"second"))
     mailbox.set_fatal(1, start, "a peer is gone")  # late
     mailbox.put(1, start, ("end", {}))
     assert (mailbox.answer_to(10), mailbox.fatal(), mailbox.take()) == (None, None, [])

@@ -59,7 +59,7 @@ class Job:
             raise ServerError(f"{self.entrypoint!r} has not joined the cluster:\n{self.logs()}")
         return int(driver.pid)
 
-    def wait(self, *, timeout_s: float = 280.0) -> JobOutcome:
+    def wait(self, *, timeout_s: float = 500.0) -> JobOutcome:
         """How it ended; TimeoutError (with the log) stops it."""
         from ray.job_submission import JobStatus
 
@@ -87,7 +87,7 @@ class RayHead:
     child: Child
 
     def submit_job(
-        self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None, timeout_s: float = 280.0
+        self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None, timeout_s: float = 500.0
     ) -> JobOutcome:
         """`ray job submit --working-dir DIR -- ENTRYPOINT`, then waits; TimeoutError (with the log) stops the job."""
         return self.start_job(entrypoint, working_dir=working_dir, env=env).wait(timeout_s=timeout_s)
