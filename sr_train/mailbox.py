@@ -31,7 +31,7 @@ class Order:
 class Mailbox:
     """Between a driver and its workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_starts: int = 0) -> None:
         self._messages: list[Message] = []
         self._order: Order | None = None
         self._closed = False
@@ -39,7 +39,7 @@ class Mailbox:
         self._fatal: str | None = None
         self._answers: dict[int, bool] = {}
         self._ended = 0
-        self._start = 0
+        self._start = num_starts
         self._why_leave: str | None = None
 
     # The driver
@@ -55,6 +55,10 @@ class Mailbox:
     def stop(self) -> None:
         """The workers are to save what they have, and leave."""
         self._stopping = True
+
+    def num_starts(self) -> int:
+        """Of workers, so far."""
+        return self._start
 
     def take(self) -> list[Message]:
         """The messages since the last call."""

@@ -79,6 +79,7 @@ class Workers:
     def __init__(self, run: TrainRunConfig) -> None:
         self._run = run
         self._num_orders = 0
+        self._num_starts = 0
         self._group: _Group | None = None
         self.are_training = False
         """Whether workers have begun, and were not lost since: else there is nothing that a `stop` could save."""
@@ -97,6 +98,10 @@ class Workers:
         if self._group is not None:
             self._group.close(wait=wait)
             self._group = None
+
+    def _give_up(self, group: "_Group") -> None:
+        self._num_starts = group.num_starts()
+        self.close(wait=False)
 
     def fit(
         self,
@@ -118,8 +123,8 @@ class Workers:
         lost: list[Mapping[str, Any]] = []
         while True:
             if self._group is not None and not self._group.is_alive():  # it used up its failures in earlier jobs
-                self.close(wait=False)
-            group = self._group = self._group or _Group(self._run)
+                self._give_up(self._group)
+            group = self._group = self._group or _Group(self._run, self._num_starts)
             starts_before = starts
             group.place(order)
             for kind, values in group.messages():
@@ -144,7 +149,7 @@ class Workers:
             # Ray Train gave up. It counts failures over all of the group's jobs, and workers that left as they were
             # told to; here are counted those of this job that failed.
             reason = group.failure()
-            self.close(wait=False)
+            self._give_up(group)
             if group.is_fatal or starts == starts_before or failures > self._run.max_failures:
                 raise TrainingFailedError(reason)
 
@@ -172,8 +177,9 @@ def _result(values: Mapping[str, Any], *, num_restarts: int) -> FitResult:
 class _Group:
     """One run of Ray Train and the mailbox beside it."""
 
-    def __init__(self, run: TrainRunConfig) -> None:
-        self._mailbox = _mailbox()
+    def __init__(self, run: TrainRunConfig, num_starts: int) -> None:
+        """`num_starts` of workers there were in groups before this one: they are counted on."""
+        self._mailbox = _mailbox(num_starts)
         # Ray Train gives this actor of its own five seconds to answer, and prints a traceback where its process takes
         # longer to start. So it is started here, while the controller's own does.
         get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
@@ -220,6 +226,9 @@ class _Group:
                 idle_since_s = time.monotonic()
                 yield "waiting", {}
 
+    def num_starts(self) -> int:
+        return int(ray.get(self._mailbox.num_starts.remote()))
+
     def failure(self) -> str:
         """Why Ray Train ended."""
         fatal: str | None = ray.get(self._mailbox.fatal.remote())
@@ -232,11 +241,11 @@ class _Group:
             self._ended.wait(_CLOSING_S)
 
 
-def _mailbox() -> Any:
+def _mailbox(num_starts: int) -> Any:
     """Beside the driver: on another node it would be lost with that node, and the run with it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote  # whose stubs know functions only
-    return remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    return remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(num_starts)
 
 
 def _trainer(run: TrainRunConfig, mailbox: Any, ray_state: str) -> TorchTrainer:

@@ -26,8 +26,9 @@ class PlayedGroup:
 
     is_fatal = False
 
-    def __init__(self, script: list[list[Message]]) -> None:
+    def __init__(self, script: list[list[Message]], num_starts: int = 0) -> None:
         self._messages = script.pop(0)
+        self.before = num_starts
         self.stopped = False
 
     def is_alive(self) -> bool:
@@ -38,6 +39,9 @@ class PlayedGroup:
 
     def messages(self, *, until_s: float = 0.0) -> Iterator[Message]:
         yield from self._messages
+
+    def num_starts(self) -> int:
+        return self.before + self._messages.count(START)
 
     def failure(self) -> str:
         return "Ray Train gave up"
@@ -52,7 +56,7 @@ class PlayedGroup:
 def fit(monkeypatch: pytest.MonkeyPatch, *script: list[Message], max_failures: int) -> list[Message]:
     """What the driver hears."""
     left, heard = list(script), []  # type: ignore[var-annotated]
-    monkeypatch.setattr(ray_workers, "_Group", lambda _: PlayedGroup(left))
+    monkeypatch.setattr(ray_workers, "_Group", lambda _, num_starts: PlayedGroup(left, num_starts))
     with Workers(RunConfig(max_failures=max_failures)) as workers:
         workers.fit(JOB, on_message=heard.append)
     return heard
@@ -81,7 +85,7 @@ def test_only_workers_that_train_are_asked_to_save(
         pass
 
     group = PlayedGroup([[*messages, ("progress", {})]])
-    monkeypatch.setattr(ray_workers, "_Group", lambda _: group)
+    monkeypatch.setattr(ray_workers, "_Group", lambda _, num_starts: group)
 
     def hear(message: tuple[str, Mapping[str, Any]]) -> None:
         if message[0] == "progress":
@@ -92,3 +96,18 @@ def test_only_workers_that_train_are_asked_to_save(
         workers.fit(JOB, on_message=hear)
     workers.stop(on_message=lambda _: None, timeout_s=5)
     assert (workers.are_training, group.stopped) == (are_training, are_training)
+
+
+def test_starts_are_counted_on_when_ray_train_has_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that started later have a higher number: those that come after would be taken for earlier ones."""
+    groups: list[PlayedGroup] = []
+    script = [[START, LEFT, START, LEFT], [START, LEFT], [START, END]]
+
+    def start_group(_: RunConfig, num_starts: int) -> PlayedGroup:
+        groups.append(PlayedGroup(script, num_starts))
+        return groups[-1]
+
+    monkeypatch.setattr(ray_workers, "_Group", start_group)
+    with Workers(RunConfig(max_failures=0)) as workers:
+        workers.fit(JOB, on_message=lambda _: None)
+    assert [group.before for group in groups] == [0, 2, 3]
