@@ -26,6 +26,7 @@ from sr_train.plan import Plan, PlanError, make_plan
 from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
 from sr_train.ray_cluster import cluster_facts, cluster_room, connect, pair_stream
+from sr_train.ray_events import lost_line
 from sr_train.ray_workers import FitResult, TrainingFailedError, Workers
 from sr_train.run_facts import run_facts
 from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim, is_owned
@@ -158,10 +159,10 @@ def make_job(plan: Plan, *, tracking: RunHandle | None, owner: str, git_sha: str
 def _fit(plan: Plan, job: Job) -> FitResult:
     progress = Progress(total_steps=plan.config.optim.total_steps)
     progress.message("starting the workers: the first step takes half a minute to a minute")
-    hosts: list[str] = []
+    places: list[tuple[str, str]] = []
 
     def show(message: Message) -> None:
-        _show(progress, plan, message, hosts)
+        _show(progress, plan, message, places)
 
     try:
         with Workers(plan.config.run) as workers:
@@ -184,8 +185,8 @@ def _grace_s() -> float:
     return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1)
 
 
-def _show(progress: Progress, plan: Plan, message: Message, hosts: list[str]) -> None:
-    """`hosts` of the workers, by rank, is kept from one message to the next."""
+def _show(progress: Progress, plan: Plan, message: Message, places: list[tuple[str, str]]) -> None:
+    """`places` of the workers, by rank, machine and address, are kept from one message to the next."""
     kind, values = message
     if kind == "progress":
         progress.update(
@@ -210,19 +211,18 @@ def _show(progress: Progress, plan: Plan, message: Message, hosts: list[str]) ->
         when = f"step {values['step']}: " if values["step"] else ""
         progress.message(f"{when}{values['message']}")
     elif kind == "start":
-        is_first, hosts[:] = not hosts, values["hosts"]
-        workers = _workers(len(hosts))
-        places = ", ".join(host if num == 1 else f"{host} ({num})" for host, num in Counter(hosts).items())
+        is_first, places[:] = not places, zip(values["hosts"], values["ips"], strict=True)
+        machines: Counter[str] = Counter(values["hosts"])
+        on = ", ".join(host if num == 1 else f"{host} ({num})" for host, num in machines.items())
+        begins = f"{_workers(len(places))} on {on}"
         if values["checkpoint"] is not None:
-            origin = f"{values['checkpoint']}, {workers} on {places}"
-            progress.message(f"going on from step {values['step']} ({origin})")
-        elif not is_first or len(hosts) > 1:
-            progress.message(f"training begins with {workers} on {places}")
+            progress.message(f"going on from step {values['step']} ({values['checkpoint']}, {begins})")
+        elif not is_first or len(places) > 1:
+            progress.message(f"training begins with {begins}")
     elif kind == "left":
         progress.message(f"step {values['step']}: {values['message']}; saved, and going on where there is room")
     elif kind == "lost":
-        ranks = ", ".join(f"{rank} on {hosts[rank]}" if rank < len(hosts) else f"{rank}" for rank in values["ranks"])
-        progress.message(f"lost: worker {ranks}: {values['message']}")
+        progress.message(lost_line(values, places))
     elif kind == "waiting":
         needed = _workers(plan.config.run.fewest_workers)
         progress.message(f"still waiting for {needed} to start: {cluster_room()}")

@@ -1,6 +1,7 @@
 """What Ray Train's controller sees of lost and failed workers, as messages to the driver."""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -10,6 +11,11 @@ from sr_train.loop import Left
 
 _PROPERTY = re.compile(r"\s*\w+: \S*$")
 """A line like "\tactor_id: 7a2a78e4" in Ray's errors."""
+
+_LOST_TOUCH = re.compile(r"(reset|closed) by (remote )?peer|remote process exited|Broken pipe|Socket closed")
+"""In what gloo and NCCL say of a connection that ended."""
+_ADDRESS = re.compile(r"\b(\d{1,3}(?:\.\d{1,3}){3})[]<:]")
+_ADVICE = ". This is typically caused by"
 
 
 class WorkerEvents(UserCallback):
@@ -28,7 +34,8 @@ class WorkerEvents(UserCallback):
 def lost_or_failed(exceptions: dict[int, Exception]) -> dict[str, Any] | None:
     """Ranks and a line that says why; None if the workers left because they were told to.
 
-    One worker's death makes the others' collectives fail: then it is the death that counts.
+    One worker's death makes the others' collectives fail: then it is the death that counts. Where Ray has not seen it
+    yet, `noticed` says that these workers only noticed, and `peer` the address that they lost touch with, if they say.
     """
     causes = {rank: getattr(error, "health_check_failure", error) for rank, error in exceptions.items()}
     died = {rank: error for rank, error in causes.items() if isinstance(error, RayActorError)}
@@ -37,7 +44,22 @@ def lost_or_failed(exceptions: dict[int, Exception]) -> dict[str, Any] | None:
     failed = {rank: error for rank, error in causes.items() if not isinstance(error, Left)}
     if not failed:
         return None
-    return {"ranks": sorted(failed), "message": _last_line(failed[min(failed)])}
+    message, _, _ = _last_line(failed[min(failed)]).partition(_ADVICE)
+    event: dict[str, Any] = {"ranks": sorted(failed), "message": message}
+    if _LOST_TOUCH.search(message):
+        peer = _ADDRESS.search(message)
+        event |= {"noticed": True, "peer": peer[1] if peer else None}
+    return event
+
+
+def lost_line(event: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> str:
+    """An event as its user reads it; `places` are the workers' machines and addresses, by rank."""
+    ranks = ", ".join(f"{rank} on {places[rank][0]}" if rank < len(places) else f"{rank}" for rank in event["ranks"])
+    if not event.get("noticed"):
+        return f"lost: worker {ranks}: {event['message']}"
+    others = {host for rank, (host, ip) in enumerate(places) if ip == event["peer"] and rank not in event["ranks"]}
+    gone = f"a worker on {others.pop()}" if len(others) == 1 else "another worker"
+    return f"lost: {gone}, as worker {ranks} noticed: {event['message']}"
 
 
 def _why_dead(text: str) -> str:

@@ -106,8 +106,9 @@ def run_worker(
         saved = patience.spend(partial(ckpt.read_checkpoint, store, key), on=f"the checkpoint {key} can't be read")
         learner.load_state(saved.tensors)
         position = Position.from_meta(saved.meta)
-    hosts, pids = zip(*collective.gather((socket.gethostname(), os.getpid())), strict=True)
-    send("start", {"step": position.step, "checkpoint": key, "device": str(device), "pids": pids, "hosts": hosts})
+    hosts, ips, pids = zip(*collective.gather((*_name_and_address(), os.getpid())), strict=True)
+    where = {"pids": pids, "hosts": hosts, "ips": ips}
+    send("start", {"step": position.step, "checkpoint": key, "device": str(device), **where})
 
     if job.measures_latency and not _latency_told(job, position, device, goes_on, collective):
         return position, {}
@@ -154,6 +155,15 @@ def run_worker(
         validator.close()
         undelivered = tracker.close() if tracker is not None else 0
     return position, observer.measures() | {"undelivered_tracking_items": float(undelivered)}
+
+
+def _name_and_address() -> tuple[str, str]:
+    """Of this machine: the address that its name stands for, where gloo listens."""
+    name = socket.gethostname()
+    try:
+        return name, socket.gethostbyname(name)
+    except OSError:
+        return name, ""
 
 
 def _patience(config: TrainConfig[Any], send: Send, collective: Collective) -> Patience:

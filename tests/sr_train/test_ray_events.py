@@ -2,11 +2,12 @@
 
 import pickle
 
+import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from sr_train.loop import Left
-from sr_train.ray_events import lost_or_failed
+from sr_train.ray_events import lost_line, lost_or_failed
 
 DEAD = """The actor died unexpectedly before finishing this task.
 \tclass_name: RayTrainWorker
@@ -39,6 +40,28 @@ def test_a_death_counts_and_the_failures_that_it_causes_do_not() -> None:
 def test_without_a_death_the_first_failure_is_said_by_its_last_line() -> None:
     event = lost_or_failed({1: handed_on(ValueError("b")), 0: handed_on(OSError("no space left"))})
     assert event == {"ranks": [0, 1], "message": "no space left"}
+
+
+@pytest.mark.parametrize(
+    ("said", "peer"),
+    [
+        (
+            "[gloo/transport/tcp/pair.cc:537] Read error [10.200.15.4]:1214: Connection reset by peer. This is "
+            "typically caused by a remote worker hanging or bugs in the application.",
+            "10.200.15.4",
+        ),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:38741", "10.0.0.7"),
+        ("socketProgress: Connection closed by remote peer 10.0.0.7<51234>", "10.0.0.7"),
+        ("ncclRemoteError: a remote process exited or there was a network error", None),
+    ],
+)
+def test_who_only_noticed_that_another_is_gone_is_not_the_one_that_was_lost(said: str, peer: str | None) -> None:
+    event = lost_or_failed({0: handed_on(RuntimeError(said))})
+    assert event is not None and (event["noticed"], event["peer"]) == (True, peer)
+    assert "typically" not in event["message"]
+    places = [("node-1", "10.0.0.1"), ("node-2", "10.0.0.7"), ("node-3", "10.200.15.4")]
+    gone = {"10.0.0.7": "a worker on node-2", "10.200.15.4": "a worker on node-3"}.get(peer or "", "another worker")
+    assert lost_line(event, places).startswith(f"lost: {gone}, as worker 0 on node-1 noticed: ")
 
 
 def test_workers_that_left_as_they_were_told_to_are_not_lost() -> None:
