@@ -76,6 +76,26 @@ def test_a_machine_can_be_cut_off_and_reconnected(network: Network) -> None:
             wait_until(lambda: reaches(machine, network.host_ip, port))
 
 
+def test_an_address_is_free_for_the_next_machine_at_once(network: Network) -> None:
+    """Else a head that is restarted is not heard for as long as the kernel takes to end the namespace of the last."""
+    says = "import os, socket; server = socket.create_server(('', 9000))\n"
+    says += "while True: server.accept()[0].send(os.uname()[1].encode())"
+
+    def who_answers(ip: str) -> str:
+        try:
+            with socket.create_connection((ip, 9000), timeout=0.5) as connection:
+                return connection.recv(100).decode()
+        except OSError:
+            return ""
+
+    before = network.start_machine("before", [sys.executable, "-c", says], env=os.environ)
+    wait_until(lambda: who_answers(before.ip) == "before")
+    after = network.start_machine("after", [sys.executable, "-c", says], env=os.environ, ip=before.ip)
+    started_s = time.monotonic()
+    wait_until(lambda: who_answers(after.ip) == "after")  # though the one before has not even ended
+    assert time.monotonic() - started_s < 20
+
+
 def test_nothing_outlives_a_test_process_that_is_killed(network: Network, tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal, sys\n"

@@ -170,10 +170,10 @@ class Network:
         """Where servers of the test process listen for the machines."""
         return f"{self.prefix}.1"
 
-    def inside(self, *command: str) -> str:
+    def inside(self, *command: str, check: bool = True) -> str:
         """Runs a command where the bridge is."""
         there = ["nsenter", "--target", str(self.holder.process.pid), "--net", "--"]
-        return subprocess.run([*there, *command], check=True, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run([*there, *command], check=check, capture_output=True, text=True, timeout=30).stdout
 
     def start_machine(
         self,
@@ -188,6 +188,8 @@ class Network:
         command stands for its address.
         """
         number = next(self._numbers)
+        if ip is not None:
+            self._free(ip)
         ip = ip or f"{self.prefix}.{number}"
         hosts = self.folder / f"hosts-{number}"
         hosts.write_text(f"127.0.0.1 localhost\n{ip} {name}\n")
@@ -214,6 +216,13 @@ class Network:
             subprocess.run([*in_machine, "ip", *change], check=True, capture_output=True, timeout=30)
         subprocess.run([*in_machine, "ip", "link", "set", "eth0", "up"], check=True, capture_output=True, timeout=30)
         return machine
+
+    def _free(self, ip: str) -> None:
+        """The kernel may take minutes to end a namespace, which answers for its address as long."""
+        for machine in self._machines:
+            if machine.ip == ip:
+                self.inside("ip", "link", "del", machine.cable, check=False)  # it may be gone already
+        _ip("neighbour", "flush", "to", ip, "dev", self.host_link)
 
     def close(self) -> None:
         """Ends all machines and the network."""
