@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from tests.support.machines import Machine, Network
 from tests.support.mlflow_server import MlflowServer
 from tests.support.process import ServerError, answers_http
-from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, RayHead
+from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, START_ATTEMPTS, RayHead
 from tests.support.s3 import S3Server
 
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
-START_ATTEMPTS = 3
-"""On a busy machine a node gives up on itself: Ray lets it take 30 s to start."""
 TRAINING_WORKER = "ray::RayTrainWorker"
 """How the command line of a training worker's process begins."""
 
@@ -118,10 +116,18 @@ class RayNodes:
         command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address={ip}"]
         command += ["--num-cpus=0", "--num-gpus=0", "--object-store-memory=150000000", f"--port={GCS_PORT}"]
         command += ["--dashboard-host={ip}", f"--dashboard-port={DASHBOARD_PORT}"]
-        machine = self.network.start_machine("head", command, env=self.env, ip=ip)
-        ready = [f"http://{machine.ip}:{DASHBOARD_PORT}/api/version"]
-        ready += [f"http://{machine.ip}:{AGENT_PORT}/api/local_raylet_healthz"]
-        machine.child.wait_until(lambda: all(map(answers_http, ready)), timeout_s=300)
+        for attempt in range(1, START_ATTEMPTS + 1):
+            machine = self.network.start_machine("head", command, env=self.env, ip=ip)
+            ready = [f"http://{machine.ip}:{DASHBOARD_PORT}/api/version"]
+            ready += [f"http://{machine.ip}:{AGENT_PORT}/api/local_raylet_healthz"]
+            try:
+                machine.child.wait_until(lambda ready=ready: all(map(answers_http, ready)), timeout_s=300)
+            except ServerError:
+                machine.kill()
+                if attempt == START_ATTEMPTS:
+                    raise
+            else:
+                break
         return machine
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 RAY = str(Path(sys.executable).parent / "ray")
+START_ATTEMPTS = 3
+"""Ray lets a node take 30 s to start; nothing can change that."""
 ON_A_BUSY_MACHINE = {"RAY_worker_niceness": "0", "RAY_agent_register_timeout_ms": "120000"}
 """Where other tests run too, workers at Ray's own niceness, 15, starve, and an agent takes more than Ray's 30 s."""
 
@@ -109,14 +112,13 @@ def start_ray_head(folder: Path, *, num_cpus: int = 3, env: Mapping[str, str] | 
     """`folder` must have a short path: Ray's Unix sockets lie in it (limit 107 characters). What the node's environment
     has (`env`), every process of every job has.
 
-    Ports that were free a moment ago may be another cluster's by the time Ray takes them: then it is tried once more.
+    Tried more than once: ports that were free a moment ago may be another cluster's by the time Ray takes them, and on a
+    busy machine a node gives up on itself.
     """
-    try:
-        return _start_ray_head(folder, num_cpus=num_cpus, env=env)
-    except ServerError as error:
-        if "Failed to start GCS" not in str(error):
-            raise
-        return _start_ray_head(folder, num_cpus=num_cpus, env=env)
+    for _ in range(START_ATTEMPTS - 1):
+        with suppress(ServerError):
+            return _start_ray_head(folder, num_cpus=num_cpus, env=env)
+    return _start_ray_head(folder, num_cpus=num_cpus, env=env)
 
 
 def _start_ray_head(folder: Path, *, num_cpus: int, env: Mapping[str, str] | None) -> RayHead:
