@@ -112,8 +112,8 @@ def start_ray_head(folder: Path, *, num_cpus: int = 3, env: Mapping[str, str] | 
     """`folder` must have a short path: Ray's Unix sockets lie in it (limit 107 characters). What the node's environment
     has (`env`), every process of every job has.
 
-    Tried more than once: ports that were free a moment ago may be another cluster's by the time Ray takes them, and on a
-    busy machine a node gives up on itself.
+    Tried more than once: ports that were free a moment ago may be another cluster's by the time Ray takes them, and on
+    a busy machine a node gives up on itself.
     """
     for _ in range(START_ATTEMPTS - 1):
         with suppress(ServerError):
