@@ -224,7 +224,7 @@ def test_pods_are_not_root_and_have_time_to_drain(ray_cluster: dict[str, Any], r
         env = {it["name"]: it for it in container["env"]}
         assert env["AWS_SECRET_ACCESS_KEY"]["valueFrom"]["secretKeyRef"]["optional"] is True
         drain_s = int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]["value"])
-        assert group == "head" or drain_s < pod["terminationGracePeriodSeconds"]
+        assert drain_s < pod["terminationGracePeriodSeconds"]
 
 
 def test_a_rayjob_tried_again_goes_on_with_the_same_run(repo: Path) -> None:
