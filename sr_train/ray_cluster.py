@@ -12,6 +12,11 @@ from typing import Any
 import ray
 import ray.train
 from ray._private import ray_constants
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.data._internal.execution.node_trackers.actor_location import get_or_create_actor_location_tracker
+from ray.data._internal.stats import get_or_create_stats_actor
 
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair
@@ -124,6 +129,18 @@ def connect() -> None:
             os.environ[_API_SERVER] = previous
     if context.dashboard_url == f"127.0.0.1:{port}":  # started here, so no node of it will be given notice
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    else:
+        _keep_ray_data_here()
+
+
+def _keep_ray_data_here() -> None:
+    """Ray Data's actors for the whole cluster are made on the node that first asks for them, and stay there as long as
+    the cluster lives. Asked for by a training worker, they would keep its node from ever being idle, and so from being
+    given back. Here they lie on the driver's.
+    """
+    get_or_create_stats_actor()
+    get_or_create_actor_location_tracker()  # type: ignore[no-untyped-call]
+    get_or_create_autoscaling_coordinator()  # type: ignore[no-untyped-call]
 
 
 def _joined_runtime_env() -> dict[str, Any] | None:
