@@ -96,8 +96,9 @@ def test_nodes_come_for_a_run_that_waits_for_them_and_go_when_it_has_ended(
     command = [
         *(sys.executable, REPO / "pipelines" / "train_edsr.py", "--run.wait-for-nodes", "--run.device", "cpu"),
         *("--model.num-blocks", "1", "--model.num-channels", "4", "--data.patch-px-hr", "32"),
-        *("--optim.total-patches", "64", "--optim.global-batch-size", "16", "--schedule.warmup-patches", "16"),
-        *("--validation.interval-patches", "64", "--run.num-workers", "2", "--run.cpus-per-worker", "1.5"),
+        *("--optim.total-patches", "640", "--optim.global-batch-size", "16", "--schedule.warmup-patches", "16"),
+        *("--data.window-images", "2", "--data.window-reuse-patches", "16"),  # enough images for Ray Data to be asked
+        *("--validation.interval-patches", "640", "--run.num-workers", "2", "--run.cpus-per-worker", "1.5"),
         *("--run.storage", str(tmp_path / "runs"), "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"),
     ]
     # No --working-dir: these nodes share the head's session, and one that ends would take the job's folder along.
