@@ -10,7 +10,7 @@ from sr_data.decode import encode_png
 from sr_data.pairs import load_pair, middle
 from sr_data.resize import upscale_bicubic
 from sr_data.storage import Store, open_store
-from sr_data.storage_patience import Patience, PatientStore, patient_store, to_stderr
+from sr_data.storage_patience import PatientStore, patient_store, to_stderr
 from sr_models.architectures import build_model
 from sr_models.errors import ModelError
 from sr_models.inference import upscale_image
@@ -49,7 +49,8 @@ def finished_result(plan: Plan) -> FitResult | None:
     if plan.goes_on_from is None:
         return None
     optim, validation = plan.config.optim, plan.config.validation
-    checkpoints = patient_store(checkpoint_store(plan.run_uri).uri, plan.config.checkpoint.patience_s, say=to_stderr)
+    store = patient_store(plan.run_uri, plan.config.checkpoint.patience_s, say=to_stderr)
+    checkpoints = PatientStore(checkpoint_store(plan.run_uri).uri, store.patience)
     key = ckpt.newest_whole(checkpoints)
     if key is None:
         return None
@@ -59,7 +60,6 @@ def finished_result(plan: Plan) -> FitResult | None:
     )
     if position.best is None or position.validation_pending or not (stopped or position.step >= optim.total_steps):
         return None
-    store = open_store(plan.run_uri)
     before = json.loads(store.read_text(RESULT_KEY)) if store.exists(RESULT_KEY) else {}
     return FitResult(position=position, measures=before.get("measures", {}), num_restarts=before.get("restarts", 0))
 
@@ -70,7 +70,7 @@ def conclude(plan: Plan, store: PatientStore, tracking: RunHandle | None, result
     Storage that is away is waited for, as during training.
     """
     checkpoints, values = checkpoint_store(plan.run_uri), result.position.best or {}
-    patience = Patience(seconds=plan.config.checkpoint.patience_s, say=to_stderr)
+    patience = store.patience
 
     read = partial(ckpt.read_checkpoint, checkpoints, values["key"])
     checkpoint, uri = patience.spend(read, on="the best checkpoint can't be read"), checkpoints.uri_of(values["key"])

@@ -34,7 +34,6 @@ from tests.support.pipeline import REPO, without_controller
 from tests.support.ray_head import Job, JobOutcome, RayHead
 from tests.support.s3 import S3Server, missing_ceph_programs
 
-# Two jobs, three groups of workers, in a fixture: on a busy machine that takes more than a test may.
 pytestmark = pytest.mark.e2e
 
 EXPERIMENT = "srgan"
