@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.process import PATIENCE_S
+
 OSV_ID = "GHSA-xxxx-yyyy-zzzz"
 
 
@@ -111,7 +113,7 @@ def audit(repo: Path, services: Services, tmp_path: Path) -> Callable[..., tuple
     def run(**changes: Any) -> tuple[int, str]:
         env.setdefault("UV_DEFAULT_INDEX", f"{services.url}/index/")
         command = [sys.executable, repo / "tools" / "audit_dependencies.py", lock, "--osv-url", services.url]
-        done = subprocess.run(command, env=env | changes, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=env | changes, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.stderr == ""
         return done.returncode, done.stdout
 

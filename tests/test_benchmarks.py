@@ -15,6 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from sr_data.manifest import load_manifest
 from sr_data.pairs import load_pair
 from sr_data.storage import open_store
+from tests.support.process import PATIENCE_S
 
 
 def record_of(repo: Path, name: str, *options: str) -> tuple[dict[str, Any], str]:
@@ -25,7 +26,7 @@ def record_of(repo: Path, name: str, *options: str) -> tuple[dict[str, Any], str
         [*command, "--json", str(path)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE_S,
         check=False,
         stdin=subprocess.DEVNULL,
     )

@@ -182,7 +182,7 @@ def test_a_notice_drains_the_node_that_it_is_about(repo: Path, imds: Imds, tmp_p
         env = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
         head = Child.start("ray head", command, log_path=tmp_path / "head.log", env=env)
         try:
-            head.wait_until(lambda: "--address=" in head.log_tail(), timeout_s=120)
+            head.wait_until(lambda: "--address=" in head.log_tail())
             [address] = re.findall(r"--address='([\d.]+:\d+)'", head.log_tail())  # as its raylet was told it
             with subprocess.Popen(
                 [sys.executable, "-c", BUSY_NODE, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

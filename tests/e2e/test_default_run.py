@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.support.pipeline import without_controller
+from tests.support.process import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -20,7 +21,7 @@ def first_run(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """The folder it ran in, and what it printed."""
     folder = tmp_path_factory.mktemp("stranger")
     command = [sys.executable, str(repo / "pipelines" / "train_edsr.py")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout + done.stderr
 

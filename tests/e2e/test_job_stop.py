@@ -200,7 +200,7 @@ def stopped(place: Place) -> Stopped:
     """Runs one to its end; stops another in its middle; submits that once more, by the same command."""
     undisturbed = place.start("undisturbed", script="experiments/mine.py")
     first = place.start("stopped")
-    first.wait_until_said("patches/s |", timeout_s=500)
+    first.wait_until_said("patches/s |")
     [*_, seen_step] = re.findall(rf"step +(\d+)/{STEPS}", first.logs())
     first.client.stop_job(first.job_id)
     after_stop = first.wait()

@@ -59,7 +59,7 @@ def served(mlflow_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory
     command = [*MLFLOW, "serve", "-m", version.uri, "--env-manager", "uv", "--host", "127.0.0.1", "--port", str(port)]
     child = Child.start("mlflow models serve", command, log_path=folder / "serve.log", env=env)
     try:
-        child.wait_until(lambda: answers_http(f"http://127.0.0.1:{port}/ping"), timeout_s=240)
+        child.wait_until(lambda: answers_http(f"http://127.0.0.1:{port}/ping"))
         yield Served(f"http://127.0.0.1:{port}", version.uri, network, child, env)
     finally:
         child.stop()

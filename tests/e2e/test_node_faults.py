@@ -176,14 +176,21 @@ def test_a_job_submitted_again_goes_on_after_driver_and_head_were_killed(
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.usefixtures("two_nodes")
-def test_a_full_disk_and_a_data_task_without_memory_change_nothing(
+def test_a_data_task_without_memory_a_node_that_is_told_to_end_and_a_full_disk_cost_not_a_step(
     unharmed_run: FinishedRun, gate: S3Gate, unharmed: dict[str, torch.Tensor], tmp_path: Path, seed: int
 ) -> None:
     site = unharmed_run.run.site
-    harmed = HarmedRun(NodeRun(site, unharmed_run.run.bucket, f"disk-and-memory-{seed}"), gate, seed)
+    site.nodes.start_node()  # where there is room when the notice comes
+    harmed = HarmedRun(NodeRun(site, unharmed_run.run.bucket, f"no-step-{seed}"), gate, seed)
 
     harmed.random_moment(2 * STEPS_BETWEEN)
     harmed.inflict("Ray Data task killed, as when memory runs out", lambda: kill_a_data_task(site))
+
+    harmed.random_moment(harmed.newest_saved() + STEPS_BETWEEN)
+    told = harmed.rng.choice(site.nodes.training())
+    harmed.inflict("spot notice: SIGTERM to a node", told.terminate)
+    harmed.wait_until_going_on()
+    told.wait_until_off()
 
     harmed.random_moment(harmed.newest_saved() + STEPS_BETWEEN)
     [node] = [node for node in site.nodes.nodes if node.name == harmed.rank_0_host()]
@@ -193,29 +200,11 @@ def test_a_full_disk_and_a_data_task_without_memory_change_nothing(
     finally:
         node.free_disk()
     assert_unharmed(harmed, unharmed, tmp_path)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.usefixtures("two_nodes")
-def test_a_node_that_is_told_to_end_saves_that_very_step(
-    unharmed_run: FinishedRun, gate: S3Gate, unharmed: dict[str, torch.Tensor], tmp_path: Path, seed: int
-) -> None:
-    site = unharmed_run.run.site
-    site.nodes.start_node()  # where there is room when the notice comes
-    harmed = HarmedRun(NodeRun(site, unharmed_run.run.bucket, f"spot-notice-{seed}"), gate, seed)
-
-    harmed.random_moment(2 * STEPS_BETWEEN)
-    node = harmed.rng.choice(site.nodes.training())
-    harmed.inflict("spot notice: SIGTERM to a node", node.terminate)
-    harmed.wait_until_going_on()
-    node.wait_until_off()
-
-    harmed.finish()
-    assert_unharmed(harmed, unharmed, tmp_path)
     [left] = [line for line in harmed.said("step ") if "taken away" in line]
     [going_on] = harmed.said("going on from step")
-    assert going_on.split(" (")[0].split()[-1] == left.split(":")[0].split()[-1]  # not a step is done again
-    assert node.name not in going_on and harmed.said("lost:") == []
+    assert going_on.split(" (")[0].split()[-1] == left.split(":")[0].split()[-1]  # that very step was saved
+    assert told.name not in going_on and harmed.said("lost:") == []
+    assert {fault["steps_redone"] for fault in harmed.faults} == {0}
 
 
 @pytest.mark.parametrize("seed", SEEDS)

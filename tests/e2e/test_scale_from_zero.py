@@ -83,7 +83,7 @@ def cluster(repo: Path, tmp_path: Path) -> Iterator[ScalingCluster]:
         command += ["--object-store-memory=150000000", "--disable-usage-stats"]
         machine = network.start_machine("head", command, env=env)
         url = f"http://{machine.ip}:{DASHBOARD_PORT}"
-        machine.child.wait_until(lambda: answers_http(f"{url}/api/version"), timeout_s=180)
+        machine.child.wait_until(lambda: answers_http(f"{url}/api/version"))
         yield ScalingCluster(RayHead(f"{machine.ip}:{GCS_PORT}", url, machine.child))
     finally:
         network.close()

@@ -72,7 +72,7 @@ def served(mlflow_server: MlflowServer, tmp_path_factory: pytest.TempPathFactory
     env |= {"RAY_raylet_start_wait_time_s": "120"}  # where other tests keep the machine busy
     child = Child.start("serve_model", script, log_path=folder / "serve.log", env=env)
     try:
-        child.wait_until(lambda: f" is at http://127.0.0.1:{port}/ " in child.log_tail(), timeout_s=300)
+        child.wait_until(lambda: f" is at http://127.0.0.1:{port}/ " in child.log_tail())
         yield Served(f"http://127.0.0.1:{port}/", port, child, register)
     finally:
         child.stop(timeout_s=120)
@@ -309,8 +309,9 @@ def test_drop_compare_download(served: Served, page: Any, tmp_path: Path) -> Non
 
 def test_an_image_can_be_chosen_and_saved_as_something_else_by_keyboard_alone(page: Any, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(encoded(levels(40, 40), "JPEG"))
-    page.on("filechooser", lambda _: None)  # told of only now, Playwright would at times miss it
+    page.on("filechooser", lambda _: None)  # asks the browser to report choosers: a key would overtake that,
     page.keyboard.press("Tab")
+    page.wait_for_selector("#file:focus", state="attached")  # but not this, which is answered in turn
     with page.expect_file_chooser() as waiting:
         page.keyboard.press("Enter")
     waiting.value.set_files(tmp_path / "photo.jpg")

@@ -39,7 +39,7 @@ def test_the_weights_are_those_of_the_same_run_on_one_node(unharmed_run: Finishe
     over_two = unharmed_run.run
     alone = NodeRun(over_two.site, over_two.bucket, "on-one-node")
     job = alone.start("--run.cpus-per-worker", 0.75)
-    job.wait_until_said(f"step {STEPS // 2}: PSNR", timeout_s=400)
+    job.wait_until_said(f"step {STEPS // 2}: PSNR")
     assert [len(node.pids(TRAINING_WORKER)) for node in over_two.site.nodes.training()] == [2]
     succeeded(job)
     assert_equal_tensors(over_two.final_tensors(tmp_path), alone.final_tensors(tmp_path))

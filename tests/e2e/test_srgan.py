@@ -146,7 +146,7 @@ def credentials(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def trained(place: Place) -> Trained:
     job = place.start("mine")
-    job.wait_until_said(f"step {KILL_AT_STEP}: PSNR", timeout_s=500)
+    job.wait_until_said(f"step {KILL_AT_STEP}: PSNR")
     os.kill(job.driver_pid(), signal.SIGKILL)
     killed = job.wait()
     with pytest.MonkeyPatch.context() as patch:

@@ -23,6 +23,7 @@ from sr_train.ray_cluster import connect
 from tests.support.faulty_proxy import Fault, FaultyProxy, Weather, faulty_proxy
 from tests.support.mlflow_server import MlflowServer
 from tests.support.pipeline import command
+from tests.support.process import PATIENCE_S
 from tests.support.runs import final_tensors, planned, run
 from tests.support.s3 import S3Server
 
@@ -130,6 +131,6 @@ def train(folder: Path, proxy: FaultyProxy, *flags: str) -> subprocess.Completed
         env=os.environ,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE_S,
         check=False,
     )

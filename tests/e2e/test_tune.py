@@ -85,16 +85,16 @@ def sweep(cluster: Cluster) -> Sweep:
         for name, value in cluster.s3.env.items():
             patch.setenv(name, value)
         job = cluster.start("sweep", *WHAT, "--num-trials", NUM_TRIALS)
-        job.wait_until_said(f"trial 4/{NUM_TRIALS}", timeout_s=500)
+        job.wait_until_said(f"trial 4/{NUM_TRIALS}")
         os.kill(job.driver_pid(), signal.SIGKILL)
         job.wait()
         store = open_store(f"{cluster.bucket}/sweeps/sweep")
         before = {entry.key: store.read_text(entry.key) for entry in store.list("trials/") if "trial.json" in entry.key}
 
         job = cluster.start("sweep", "--resume")
-        job.wait_until_said(f"trial 7/{NUM_TRIALS}", timeout_s=500)
+        job.wait_until_said(f"trial 7/{NUM_TRIALS}")
         training_workers(cluster)[0].kill()
-        return Sweep(outcome=job.wait(timeout_s=400), store=store, before=before)
+        return Sweep(outcome=job.wait(), store=store, before=before)
 
 
 def training_workers(cluster: Cluster) -> list[psutil.Process]:

@@ -23,6 +23,7 @@ from sr_models.edsr import EDSRConfig
 from sr_models.upscaling import upscale_file
 from sr_models.weights import load_model, save_model
 from tests.support.pipeline import REPO
+from tests.support.process import PATIENCE_S
 from tests.support.ray_head import Job, JobOutcome, RayHead
 from tests.support.s3 import S3Server
 
@@ -77,7 +78,7 @@ class Place:
         return found
 
 
-def wait_for(what: str, ready: object, *, timeout_s: float = 500.0) -> None:
+def wait_for(what: str, ready: object, *, timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not ready():  # type: ignore[operator]
         assert time.monotonic() < deadline, what

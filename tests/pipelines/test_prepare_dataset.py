@@ -15,6 +15,7 @@ import pytest
 from sr_data.decode import encode_png
 from sr_data.manifest import STAGED_KEY, load_manifest
 from sr_data.storage import Store, open_store
+from tests.support.process import PATIENCE_S
 
 
 def command(repo: Path, *arguments: str) -> list[str]:
@@ -22,7 +23,9 @@ def command(repo: Path, *arguments: str) -> list[str]:
 
 
 def run(repo: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(repo, *arguments), cwd=repo, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command(repo, *arguments), cwd=repo, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
 
 
 def test_stages_to_s3_and_says_what_it_did(repo: Path, s3: Any, tiny_photos: Path) -> None:

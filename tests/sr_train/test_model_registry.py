@@ -27,6 +27,7 @@ from sr_train.model_registry import register_model
 from sr_train.tracking import RunHandle, TrackingError, start_run
 from tests.support.faulty_proxy import Fault, faulty_proxy
 from tests.support.mlflow_server import MlflowServer
+from tests.support.process import PATIENCE_S
 
 SAMPLE = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
 
@@ -69,7 +70,7 @@ def use_elsewhere(tracking_uri: str, model_uri: str, folder: Path) -> tuple[dict
         "MLFLOW_TRACKING_URI": tracking_uri
     }
     command = [sys.executable, "-I", "-c", USE, model_uri, str(folder / "image.npy"), str(folder / "result.npy")]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), np.load(folder / "result.npy")
 

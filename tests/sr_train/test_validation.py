@@ -17,6 +17,7 @@ from sr_data.resize import downscale_bicubic, upscale_bicubic
 from sr_models.inference import as_tensor
 from sr_train.metrics import PAPERS_PROTOCOL, ImageScore, MetricError, score_image
 from sr_train.validation import SetScore, gather_score, mean_score, score_pairs
+from tests.support.process import PATIENCE_S
 
 SCALE = 2
 
@@ -155,7 +156,7 @@ def test_two_real_workers_agree_with_one_to_the_last_bit(tmp_path, repo):
         for rank in range(2)
     ]
     try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=PATIENCE_S)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from sr_train.checkpoint import key_of_step, step_of_key
 from tests.support.node_runs import BATCH, STEPS, STEPS_BETWEEN, NodeRun
-from tests.support.process import ServerError
+from tests.support.process import PATIENCE_S, ServerError
 from tests.support.ray_head import Job, JobOutcome
 from tests.support.s3_gate import S3Gate
 
@@ -39,6 +39,9 @@ class HarmedRun:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
+        self.s3 = (
+            self.run.site.s3.client()
+        )  # kept: making one costs more than the questions that are asked all the time
         self.submit()
 
     def submit(self) -> None:
@@ -52,19 +55,19 @@ class HarmedRun:
         self._wait_for_checkpoint(after_step)
         time.sleep(self.rng.uniform(0, 1))
 
-    def _wait_for_checkpoint(self, step: int, *, timeout_s: float = 400.0) -> int:
+    def _wait_for_checkpoint(self, step: int, *, timeout_s: float = PATIENCE_S) -> int:
         """The newest step that is saved, once that is `step` or later."""
         deadline = time.monotonic() + timeout_s
         while (newest := self.newest_saved()) < step:
             if self.job.client.get_job_status(self.job.job_id).is_terminal() or time.monotonic() > deadline:
                 raise ServerError(f"no checkpoint of step {step} or later:\n{self.job.logs()}")
-            time.sleep(0.05)
+            time.sleep(0.1)
         return newest
 
     def newest_saved(self) -> int:
         """Step of its newest checkpoint; 0 without any."""
-        s3, bucket = self.run.site.s3.client(), self.run.bucket.removeprefix("s3://")
-        answer = s3.list_objects_v2(Bucket=bucket, Prefix=f"runs/{self.run.name}/checkpoints/")
+        bucket = self.run.bucket.removeprefix("s3://")
+        answer = self.s3.list_objects_v2(Bucket=bucket, Prefix=f"runs/{self.run.name}/checkpoints/")
         return max((step_of_key(item["Key"].rpartition("/")[2]) or 0 for item in answer.get("Contents", [])), default=0)
 
     def checkpoint_path(self, step: int) -> str:
@@ -81,7 +84,7 @@ class HarmedRun:
         self.faults.append({"fault": fault, "seed": self.seed, "newest_checkpoint": self.newest_saved()})
         do()
 
-    def wait_until_going_on(self, *, times: int = 1, timeout_s: float = 400.0) -> None:
+    def wait_until_going_on(self, *, times: int = 1, timeout_s: float = PATIENCE_S) -> None:
         """Returns once this job's log has said so many times from where the run goes on."""
         deadline = time.monotonic() + timeout_s
         while len(self.said("going on from step")) < times:
@@ -100,7 +103,7 @@ class HarmedRun:
 
     def finish(self) -> JobOutcome:
         """Waits for the good end of the job."""
-        outcome = self.job.wait(timeout_s=600)
+        outcome = self.job.wait()
         assert outcome.exit_code == 0, outcome.logs
         return outcome
 

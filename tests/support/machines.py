@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.process import Child, ServerError
+from tests.support.process import PATIENCE_S, Child, ServerError
 
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv")
 DISK = "/tmp/ray"
@@ -106,7 +106,7 @@ class Machine:
         """SIGTERM to its first process: `docker stop`, the end of a Kubernetes pod, a spot notice."""
         os.kill(self.pid_1(), signal.SIGTERM)
 
-    def wait_until_off(self, *, timeout_s: float = 60.0) -> None:
+    def wait_until_off(self, *, timeout_s: float = PATIENCE_S) -> None:
         """Returns once its first process has ended."""
         self.child.process.wait(timeout_s)
 
@@ -266,7 +266,7 @@ def _free_prefix() -> str:
 
 def _wait_for_own_network(child: Child) -> None:
     ours, its = os.readlink("/proc/self/ns/net"), f"/proc/{child.process.pid}/ns/net"
-    child.wait_until(lambda: os.readlink(its) != ours, timeout_s=20)
+    child.wait_until(lambda: os.readlink(its) != ours)
 
 
 def _ip(*arguments: str) -> str:

@@ -29,7 +29,7 @@ def start_mlflow(folder: Path, *, host: str = "127.0.0.1", port: int | None = No
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     child = Child.start("mlflow", command, log_path=folder / "server.log", env=env)
     try:
-        child.wait_until(lambda: answers_http(f"{uri}/health"), timeout_s=120)
+        child.wait_until(lambda: answers_http(f"{uri}/health"))
     except BaseException:
         child.stop()
         raise

@@ -107,7 +107,7 @@ def run_unharmed(site: Site, bucket: str) -> FinishedRun:
     """From its first step to its registered model."""
     run = NodeRun(site, bucket, "unharmed")
     job = run.start()
-    job.wait_until_said(f"step {STEPS // 2}: PSNR", timeout_s=400)
+    job.wait_until_said(f"step {STEPS // 2}: PSNR")
     nodes = tuple(site.nodes.training())
     return FinishedRun(run, nodes, succeeded(job).logs)
 
@@ -134,6 +134,6 @@ def stage_photos(site: Site, photos: Path, folder: Path) -> str:
 
 def succeeded(job: Job) -> JobOutcome:
     """Waits for its end, which must be a good one."""
-    outcome = job.wait(timeout_s=600)
+    outcome = job.wait()
     assert outcome.exit_code == 0, outcome.logs
     return outcome

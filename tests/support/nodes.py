@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tests.support.machines import Machine, Network
 from tests.support.mlflow_server import MlflowServer
-from tests.support.process import ServerError, answers_http
+from tests.support.process import PATIENCE_S, ServerError, answers_http
 from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, START_ATTEMPTS, RayHead
 from tests.support.s3 import S3Server
 
@@ -59,7 +59,7 @@ class RayNodes:
             name = f"node-{self._num_started}"
             node = self.network.start_machine(name, command, env=self.env, disk_mib=disk_mib)
             try:
-                node.child.wait_until(lambda node=node: node.ip in self.alive(), timeout_s=120)
+                node.child.wait_until(lambda node=node: node.ip in self.alive())
             except ServerError:
                 node.kill()
                 if attempt == START_ATTEMPTS:
@@ -69,7 +69,7 @@ class RayNodes:
         self.nodes.append(node)
         return node
 
-    def wait_until_lost(self, ip: str, *, timeout_s: float = 60.0) -> None:
+    def wait_until_lost(self, ip: str, *, timeout_s: float = PATIENCE_S) -> None:
         """Returns once the head knows that no node lives at that address."""
         deadline = time.monotonic() + timeout_s
         while ip in self.alive():
@@ -121,7 +121,7 @@ class RayNodes:
             ready = [f"http://{machine.ip}:{DASHBOARD_PORT}/api/version"]
             ready += [f"http://{machine.ip}:{AGENT_PORT}/api/local_raylet_healthz"]
             try:
-                machine.child.wait_until(lambda ready=ready: all(map(answers_http, ready)), timeout_s=300)
+                machine.child.wait_until(lambda ready=ready: all(map(answers_http, ready)))
             except ServerError:
                 machine.kill()
                 if attempt == START_ATTEMPTS:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.process import PATIENCE_S
+
 REPO = Path(__file__).resolve().parent.parent.parent
 
 
@@ -17,7 +19,7 @@ def command(script: str, *arguments: object) -> list[str]:
 
 
 def run_script(
-    script: str, *arguments: object, cwd: Path, env: Mapping[str, str], timeout_s: float = 180.0
+    script: str, *arguments: object, cwd: Path, env: Mapping[str, str], timeout_s: float = PATIENCE_S
 ) -> subprocess.CompletedProcess[str]:
     """Runs it to its end, with `env` on top of this process's environment."""
     return subprocess.run(

@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOG_TAIL_CHARS = 4000
+PATIENCE_S = 600.0
+"""How long a process that works is waited for. Far beyond what it takes, because a busy machine is four times slower
+than an idle one: it only ends what hangs, and pytest's own limit may come first.
+"""
 
 
 class ServerError(RuntimeError):
@@ -81,7 +85,7 @@ class Child:
         """The end of what the process has written."""
         return self.log_path.read_text(errors="replace")[-LOG_TAIL_CHARS:]
 
-    def wait_until(self, ready: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
+    def wait_until(self, ready: Callable[[], bool], *, timeout_s: float = PATIENCE_S) -> None:
         """Polls `ready`; ServerError with the log if the process ends or the deadline passes first."""
         deadline = time.monotonic() + timeout_s
         while not ready():

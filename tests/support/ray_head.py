@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.process import Child, ServerError, answers_http, free_ports
+from tests.support.process import PATIENCE_S, Child, ServerError, answers_http, free_ports
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -47,7 +47,7 @@ class Job:
         """What it has printed so far."""
         return self.client.get_job_logs(self.job_id)
 
-    def wait_until_said(self, text: str, *, timeout_s: float = 180.0) -> None:
+    def wait_until_said(self, text: str, *, timeout_s: float = PATIENCE_S) -> None:
         """Returns once the job's log holds `text`; ServerError with the log if it ends or takes longer."""
         deadline = time.monotonic() + timeout_s
         while text not in (logs := self.logs()):
@@ -62,7 +62,7 @@ class Job:
             raise ServerError(f"{self.entrypoint!r} has not joined the cluster:\n{self.logs()}")
         return int(driver.pid)
 
-    def wait(self, *, timeout_s: float = 500.0) -> JobOutcome:
+    def wait(self, *, timeout_s: float = PATIENCE_S) -> JobOutcome:
         """How it ended; TimeoutError (with the log) stops it."""
         from ray.job_submission import JobStatus
 
@@ -90,7 +90,7 @@ class RayHead:
     child: Child
 
     def submit_job(
-        self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None, timeout_s: float = 500.0
+        self, entrypoint: str, *, working_dir: Path, env: Mapping[str, str] | None = None, timeout_s: float = PATIENCE_S
     ) -> JobOutcome:
         """`ray job submit --working-dir DIR -- ENTRYPOINT`, then waits; TimeoutError (with the log) stops the job."""
         return self.start_job(entrypoint, working_dir=working_dir, env=env).wait(timeout_s=timeout_s)
@@ -102,7 +102,9 @@ class RayHead:
         job_id = f"job-{uuid.uuid4().hex[:8]}"
         command = [RAY, "job", "submit", "--address", self.jobs_url, "--submission-id", job_id, "--no-wait"]
         command += ["--working-dir", str(working_dir), "--runtime-env-json", json.dumps({"env_vars": dict(env or {})})]
-        done = subprocess.run([*command, "--", *shlex.split(entrypoint)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [*command, "--", *shlex.split(entrypoint)], capture_output=True, text=True, timeout=PATIENCE_S
+        )
         if done.returncode != 0:
             raise ServerError(f"ray job submit exited with {done.returncode}:\n{done.stderr[-2000:]}")
         return Job(job_id, entrypoint, JobSubmissionClient(self.jobs_url))

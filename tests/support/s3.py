@@ -18,7 +18,7 @@ import boto3
 import requests
 from botocore.config import Config
 
-from tests.support.process import Child, ServerError, accepts_tcp, answers_http, free_ports
+from tests.support.process import PATIENCE_S, Child, ServerError, accepts_tcp, answers_http, free_ports
 
 REGION = "us-east-1"
 CEPH_PROGRAMS = ("ceph-mon", "ceph-osd", "ceph", "monmaptool", "radosgw", "radosgw-admin")
@@ -183,7 +183,7 @@ def _write_ceph_conf(folder: Path, v2_port: int, v1_port: int) -> Path:
     return path
 
 
-def _wait_for_first_write(server: S3Server, timeout_s: float = 60.0) -> None:
+def _wait_for_first_write(server: S3Server, timeout_s: float = PATIENCE_S) -> None:
     """The gateway listens before its pools are active; a bucket is the first thing that needs them."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.support.process import PATIENCE_S
+
 
 @dataclass
 class Held:
@@ -27,7 +29,7 @@ class Held:
     _released: asyncio.Event = field(default_factory=asyncio.Event)
     _torn: bool = False
 
-    def wait(self, timeout_s: float = 240.0) -> None:
+    def wait(self, timeout_s: float = PATIENCE_S) -> None:
         """Returns once half of it has passed and the rest waits; TimeoutError if nobody sends it."""
         if not self._reached.wait(timeout_s):
             raise TimeoutError(f"no request {self.start.decode()!r} within {timeout_s:.0f} s")
