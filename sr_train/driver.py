@@ -17,6 +17,7 @@ from sr_data.storage import Store, open_store
 from sr_data.storage_patience import patient_store, to_stderr
 from sr_models.errors import ModelError
 from sr_train import checkpoint as ckpt
+from sr_train.checkpoint import CheckpointError
 from sr_train.cli import TrainCommand
 from sr_train.conclusion import conclude, finished_result, resume_flags
 from sr_train.config import config_to_dict, flatten
@@ -89,10 +90,11 @@ def _run(plan: Plan, script_started_s: float) -> str:
     store.write(DATASETS_KEY, json.dumps(fingerprints).encode())
     store.write(CONFIG_KEY, json.dumps(config_to_dict(plan.config), indent=2).encode())
     facts = run_facts()
-    tracking = _start_tracking(plan, store, facts)
+    tracking: RunHandle | None = None
     status: Status = "FAILED"
     again = resume_flags(plan)
     try:
+        tracking = _start_tracking(plan, store, facts)
         job = make_job(
             plan, tracking=tracking, owner=owner, git_sha=facts["git_sha"], script_started_s=script_started_s
         )
@@ -101,13 +103,13 @@ def _run(plan: Plan, script_started_s: float) -> str:
             print(f"run {plan.config.run.name} is complete: nothing is trained again", flush=True)
         else:
             result = _fit(plan, job)
-        status = "FINISHED"
         conclusion = conclude(plan, store, tracking, result)
+        status = "FINISHED"
     except Interrupted as interrupted:
         status = "KILLED"
         print(f"stopped by {interrupted}; go on, from {_newest(plan)}, with {again}", file=sys.stderr, flush=True)
         raise
-    except TrainingFailedError as error:
+    except (TrainingFailedError, StorageError, CheckpointError) as error:
         if not _is_ours(plan, owner):
             raise
         raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {again}") from error

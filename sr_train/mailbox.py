@@ -98,6 +98,8 @@ class Mailbox:
         """About the order of that number; what comes late, or from workers that others have replaced, is dropped."""
         if self._is_of(number, start):
             self._messages.append(message)
+            if message[0] == "ask":  # workers that replace others may ask at a step at which those asked
+                self._answers.pop(message[1]["step"], None)
             if message[0] == "end":
                 self._ended = number
 

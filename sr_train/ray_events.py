@@ -6,11 +6,13 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
 from sr_train.loop import Left
 
 _PROPERTY = re.compile(r"\s*\w+: \S*$")
 """A line like "\tactor_id: 7a2a78e4" in Ray's errors."""
+_IP = re.compile(r"^\s*ip: (\S+)$", re.MULTILINE)
 
 _LOST_TOUCH = re.compile(r"(reset|closed) by (remote )?peer|remote process exited|Broken pipe|Socket closed")
 """In what gloo and NCCL say of a connection that ended."""
@@ -40,11 +42,14 @@ def lost_or_failed(exceptions: dict[int, Exception]) -> dict[str, Any] | None:
     causes = {rank: getattr(error, "health_check_failure", error) for rank, error in exceptions.items()}
     died = {rank: error for rank, error in causes.items() if isinstance(error, RayActorError)}
     if died:
-        return {"ranks": sorted(died), "message": _why_dead(str(died[min(died)]))}
+        ips = {rank: ip[1] for rank, error in died.items() if (ip := _IP.search(str(error)))}
+        return {"ranks": sorted(died), "ips": ips, "message": _why_dead(str(died[min(died)]))}
     failed = {rank: error for rank, error in causes.items() if not isinstance(error, Left)}
     if not failed:
         return None
-    message, _, _ = _last_line(failed[min(failed)]).partition(_ADVICE)
+    first = failed[min(failed)]
+    said = str(first).strip().splitlines()[0] if isinstance(first, WorkerHealthCheckTimeoutError) else _last_line(first)
+    message, _, _ = said.partition(_ADVICE)
     event: dict[str, Any] = {"ranks": sorted(failed), "message": message}
     if _LOST_TOUCH.search(message):
         peer = _ADDRESS.search(message)
@@ -53,8 +58,13 @@ def lost_or_failed(exceptions: dict[int, Exception]) -> dict[str, Any] | None:
 
 
 def lost_line(event: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> str:
-    """An event as its user reads it; `places` are the workers' machines and addresses, by rank."""
-    ranks = ", ".join(f"{rank} on {places[rank][0]}" if rank < len(places) else f"{rank}" for rank in event["ranks"])
+    """An event as its user reads it; `places` are the machines and addresses, by rank, of the workers that began last:
+    where Ray says at which address a worker died, that counts.
+    """
+    hosts = {ip: host for host, ip in places}
+    homes = {rank: host for rank, (host, _) in enumerate(places)}
+    homes |= {rank: hosts.get(ip, ip) for rank, ip in event.get("ips", {}).items()}
+    ranks = ", ".join(f"{rank} on {homes[rank]}" if rank in homes else f"{rank}" for rank in event["ranks"])
     if not event.get("noticed"):
         return f"lost: worker {ranks}: {event['message']}"
     others = {host for rank, (host, ip) in enumerate(places) if ip == event["peer"] and rank not in event["ranks"]}

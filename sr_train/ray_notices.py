@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.context import get_train_context
 
@@ -73,8 +73,10 @@ def notices(mailbox: Any, *, start: int) -> Iterator[Leave]:
                 if _terminated.is_set():
                     ray.get(mailbox.leave.remote(start, _TERMINATED))
                 reason = ray.get(mailbox.why_leave.remote(start))
-            except RayError:  # the driver is gone, and Ray will end this worker
+            except ActorDiedError:  # the driver is gone, and Ray will end this worker
                 return
+            except RayError:  # out of reach for a moment
+                continue
             if reason is not None:
                 told.append(reason)
 

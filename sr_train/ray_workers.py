@@ -6,7 +6,6 @@ weights come from the run's own checkpoints (docs/decisions/0002), images from R
 don't start it each time: that takes longer than training a small trial (docs/decisions/0010).
 """
 
-import errno
 import gc
 import logging
 import math
@@ -31,6 +30,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sr_data.errors import DataError, StorageError
+from sr_data.storage_patience import may_pass
 from sr_train.checkpoint import CheckpointError
 from sr_train.collective import Collective
 from sr_train.gan_watchdog import CollapseError
@@ -41,7 +41,6 @@ from sr_train.metrics import MetricError
 from sr_train.options import RunConfig as TrainRunConfig
 from sr_train.ray_events import WorkerEvents
 from sr_train.ray_notices import LeavingTorchConfig, notices
-from sr_train.run_folder import TakenOverError
 from sr_train.worker import Job, run_worker
 
 # Ray's stubs are those of the first version of Ray Train.
@@ -124,8 +123,8 @@ class Workers:
         while True:
             if self._group is not None and not self._group.is_alive():  # it used up its failures in earlier jobs
                 self._give_up(self._group)
+            is_new, starts_before, num_lost = self._group is None, starts, len(lost)
             group = self._group = self._group or _Group(self._run, self._num_starts)
-            starts_before = starts
             group.place(order)
             for kind, values in group.messages():
                 if kind == "ask":
@@ -150,8 +149,15 @@ class Workers:
             # told to; here are counted those of this job that failed.
             reason = group.failure()
             self._give_up(group)
-            if group.is_fatal or starts == starts_before or failures > self._run.max_failures:
+            never_began = is_new and starts == starts_before
+            # It tried as often as it may; or at once found no way to start the workers, as when one of them dies while
+            # they get to know each other.
+            used_up = never_began and len(lost) > num_lost
+            failures += never_began and not used_up
+            if group.is_fatal or used_up or failures > self._run.max_failures:
                 raise TrainingFailedError(reason)
+            if never_began:
+                on_message(("trouble", {"step": 0, "message": f"the workers did not start, once more: {reason}"}))
 
     def stop(self, *, on_message: Callable[[Message], None], timeout_s: float) -> None:
         """Asks the workers of a `fit` that was interrupted to save a checkpoint and leave; waits until they have."""
@@ -345,9 +351,8 @@ def _carry_out(order: Order, mailbox: Any) -> None:
         MetricError,
         StorageError,
     ) as error:
-        # Storage that refuses or is away may be back at the next start; a file that is not there will not, nor a run
-        # that is another's by now.
-        if not isinstance(error, StorageError) or error.errno == errno.ENOENT or isinstance(error, TakenOverError):
+        # Storage that refuses or is away may be back at the next start.
+        if not (isinstance(error, StorageError) and may_pass(error)):
             ray.get(mailbox.set_fatal.remote(order.number, start, str(error)))
         # Raised on every worker: all end here, in step.
         if isinstance(error, (NonFiniteLossError, CollapseError, CheckpointWriteError)):

@@ -1,5 +1,6 @@
 """What lies where in a run's folder, on disk or in a bucket."""
 
+import errno
 import uuid
 from dataclasses import dataclass
 
@@ -42,21 +43,15 @@ class TakenOverError(StorageError):
     """The run is another driver's by now, or that of workers that started later."""
 
 
-def claim_start(run: Store, owner: str, start: int) -> str:
+def claim_start(run: Store, owner: str, start: int) -> None:
     """Takes a driver's run for the workers of its start of that number, from those that began before: a node that was
-    cut off comes back with workers that others have replaced. Returns the claim that `OwnedStore` checks.
+    cut off comes back with workers that others have replaced.
 
     Raises TakenOverError if the run is another driver's, or if a later start has taken it: who was cut off may have
     waited for storage as long.
     """
-    _check_claim(run, OWNER_KEY, owner)
-    if run.exists(START_KEY):
-        held_by, _, number = run.read_text(START_KEY).partition(" ")
-        if held_by == owner and int(number) > start:
-            raise _taken_over(run, START_KEY)
-    claim = f"{owner} {start}"
-    run.write(START_KEY, claim.encode())
-    return claim
+    _check_claims(run, owner, start)
+    run.write(START_KEY, f"{owner} {start}".encode())
 
 
 def is_owned(run: Store, owner: str) -> bool:
@@ -74,7 +69,7 @@ class OwnedStore(Store):
 
     run: Store
     owner: str
-    start: str
+    start: int
 
     def write(self, key: str, data: bytes) -> None:
         self._check()
@@ -85,15 +80,22 @@ class OwnedStore(Store):
         Store.delete(self, key)
 
     def _check(self) -> None:
-        _check_claim(self.run, OWNER_KEY, self.owner)
-        _check_claim(self.run, START_KEY, self.start)
+        _check_claims(self.run, self.owner, self.start)
 
 
-def _check_claim(run: Store, key: str, claim: str) -> None:
-    if run.read_text(key) != claim:
-        raise _taken_over(run, key)
+def _check_claims(run: Store, owner: str, start: int) -> None:
+    if not is_owned(run, owner):
+        raise TakenOverError(f"{run.uri}: another driver has taken this run over, so this one stops")
+    if _newest_start(run, owner) > start:
+        raise TakenOverError(f"{run.uri}: workers that started later have taken this run over, so this one stops")
 
 
-def _taken_over(run: Store, key: str) -> TakenOverError:
-    others = "another driver has" if key == OWNER_KEY else "workers that started later have"
-    return TakenOverError(f"{run.uri}: {others} taken this run over, so this one stops")
+def _newest_start(run: Store, owner: str) -> int:
+    """Of that driver's, as far as it is known; 0 where another's is written, which may have come late."""
+    try:
+        held_by, _, number = run.read_text(START_KEY).partition(" ")
+    except StorageError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return 0
+    return int(number) if held_by == owner else 0

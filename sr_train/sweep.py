@@ -94,9 +94,10 @@ class _Sweep:
         self._store.write(DATASETS_KEY, json.dumps(fingerprints).encode())
         self._owner = claim(self._store)
         self._store.write(SWEEP_KEY, sweep_to_json(plan.asked).encode())
-        parent = self._start_tracking()
+        parent: RunHandle | None = None
         status: Status = "FAILED"
         try:
+            parent = self._start_tracking()
             times = self._run_trials(parent)
             self._conclude(parent, times)
             status = "FINISHED"

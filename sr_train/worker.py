@@ -97,8 +97,9 @@ def run_worker(
     learner = parts.learner
     run = open_store(job.run_uri)
     patience, absent = _patience(config, send, collective), "the run's folder can't be used"
-    claim = patience.spend(partial(claim_start, run, job.owner, start), on=absent) if collective.rank == 0 else ""
-    store = OwnedStore(checkpoint_store(job.run_uri).uri, run, job.owner, claim)
+    if collective.rank == 0:
+        patience.spend(partial(claim_start, run, job.owner, start), on=absent)
+    store = OwnedStore(checkpoint_store(job.run_uri).uri, run, job.owner, start)
     newest = partial(patience.spend, partial(ckpt.newest_whole, store), on=absent)
     key = collective.first(newest() if collective.rank == 0 else None)
     position = Position()

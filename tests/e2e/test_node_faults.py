@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,11 +76,12 @@ def kill_a_data_task(site: Site, *, timeout_s: float = 60.0) -> None:
     while time.monotonic() < deadline:
         for node in site.nodes.nodes:
             for pid in node.pids(DATA_TASK):
-                node.signal(pid, signal.SIGSTOP)  # it may have ended its task since it was looked at
-                is_at_work = pid in node.pids(DATA_TASK)
-                node.signal(pid, signal.SIGKILL if is_at_work else signal.SIGCONT)
-                if is_at_work:
-                    return
+                with suppress(subprocess.CalledProcessError):  # it has ended
+                    node.signal(pid, signal.SIGSTOP)  # its task may be over since it was looked at
+                    is_at_work = pid in node.pids(DATA_TASK)
+                    node.signal(pid, signal.SIGKILL if is_at_work else signal.SIGCONT)
+                    if is_at_work:
+                        return
     pytest.fail(f"no process {DATA_TASK!r} within {timeout_s:.0f} s")
 
 

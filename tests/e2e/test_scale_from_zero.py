@@ -16,10 +16,10 @@ import yaml
 from ray.autoscaler._private.util import prepare_config
 
 from tests.support.machines import start_network, why_no_machines
-from tests.support.nodes import DASHBOARD_PORT, GCS_PORT
+from tests.support.nodes import DASHBOARD_PORT, GCS_PORT, once_head_is_ready
 from tests.support.pipeline import REPO
-from tests.support.process import Child, answers_http
-from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, RayHead
+from tests.support.process import Child
+from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, RayHead, until_it_starts
 
 pytestmark = pytest.mark.e2e
 
@@ -81,10 +81,9 @@ def cluster(repo: Path, tmp_path: Path) -> Iterator[ScalingCluster]:
         command = [RAY, "start", "--head", "--block", "--node-ip-address={ip}", "--dashboard-host={ip}", "--num-cpus=0"]
         command += [f"--port={GCS_PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--autoscaling-config={written}"]
         command += ["--object-store-memory=150000000", "--disable-usage-stats"]
-        machine = network.start_machine("head", command, env=env)
-        url = f"http://{machine.ip}:{DASHBOARD_PORT}"
-        machine.child.wait_until(lambda: answers_http(f"{url}/api/version"))
-        yield ScalingCluster(RayHead(f"{machine.ip}:{GCS_PORT}", url, machine.child))
+        head = until_it_starts(lambda: once_head_is_ready(network.start_machine("head", command, env=env)))
+        url = f"http://{head.ip}:{DASHBOARD_PORT}"
+        yield ScalingCluster(RayHead(f"{head.ip}:{GCS_PORT}", url, head.child))
     finally:
         network.close()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from sr_data.storage import open_store
 from sr_models.architectures import build_model
@@ -17,6 +18,7 @@ from sr_models.weights import save_model
 from sr_train import checkpoint as ckpt
 from sr_train.cli import parse_train
 from sr_train.config import TrainConfig, config_to_dict
+from sr_train.loop import Position
 from sr_train.placement import ClusterFacts
 from sr_train.plan import make_plan
 from sr_train.presets import EDSR_PRESETS
@@ -219,6 +221,20 @@ def test_scores_of_two_validation_sets_or_protocols_are_not_compared(
 def test_a_budget_that_was_passed_already_is_refused(train: RunMain, small_cluster: None, begun_run: Path) -> None:
     outcome = train("--plan", "--resume", "--run.name", "begun", "--optim.total-patches", "64")
     is_refused(outcome, "--optim.total-patches 64", "has seen")
+
+
+def test_a_run_that_cannot_be_concluded_says_how_to_go_on_and_is_not_finished(
+    train: RunMain, small_cluster: None, begun_run: Path
+) -> None:
+    """Its steps are done; its best checkpoint can't be read: here because there is none."""
+    last = Position(step=20, best={"step": 10, "key": ckpt.key_of_step(10), "psnr_db": 31.0})
+    ckpt.write_checkpoint(checkpoint_store(str(begun_run)), ckpt.Checkpoint(meta=last.to_meta(), tensors={}))
+    status, _, err = train("--resume", "--run.name", "begun")
+    message, hint = err.splitlines()[-2:]
+    assert status == 2 and ckpt.key_of_step(10) in message
+    assert hint == "When that is mended, go on with --resume --run.name begun"
+    [run] = MlflowClient("sqlite:///mlflow.db").search_runs(["1"])
+    assert run.info.status == "FAILED"
 
 
 def test_another_number_of_workers_is_placed_anew(train: RunMain, small_cluster: None, begun_run: Path) -> None:

@@ -21,7 +21,7 @@ from sr_train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from sr_train.run_folder import OwnedStore, TakenOverError, claim, claim_start
+from sr_train.run_folder import START_KEY, OwnedStore, TakenOverError, claim, claim_start
 
 TINY = EDSRConfig(scale=3, num_blocks=1, num_channels=4, residual_scaling=0.1)
 
@@ -151,6 +151,17 @@ def test_workers_that_were_cut_off_as_they_began_take_nothing_from_those_in_thei
     write_checkpoint(owned(run, claim(run), 1), checkpoint(2))
 
 
+def test_what_an_earlier_drivers_workers_write_late_takes_nothing_from_the_run(any_store: str) -> None:
+    """They had looked whose it is before the others came, and storage kept them waiting."""
+    run = open_store(any_store)
+    earlier, owner = claim(run), claim(run)
+    ours = owned(run, owner, 1)
+    run.write(START_KEY, f"{earlier} 3".encode())
+    key = write_checkpoint(ours, checkpoint(1))
+    assert list_keys(ours) == [key]
+
+
 def owned(run: Store, owner: str, start: int) -> OwnedStore:
     """The run's checkpoints, for the workers of that start."""
-    return OwnedStore(f"{run.uri}/checkpoints", run, owner, claim_start(run, owner, start))
+    claim_start(run, owner, start)
+    return OwnedStore(f"{run.uri}/checkpoints", run, owner, start)

@@ -95,3 +95,14 @@ def test_an_order_begins_with_nothing_of_the_one_before() -> None:
     mailbox.set_fatal(1, start, "a peer is gone")  # late
     mailbox.put(1, start, ("end", {}))
     assert (mailbox.answer_to(10), mailbox.fatal(), mailbox.take()) == (None, None, [])
+
+
+def test_a_question_is_not_answered_by_what_was_answered_before() -> None:
+    """Workers that replace those that asked may ask at the same step: about another validation, or a latency."""
+    mailbox = Mailbox()
+    mailbox.place(Order(1, b"job"))
+    for goes_on in (True, False):
+        mailbox.put(1, mailbox.begin(), ("ask", {"step": 40}))
+        assert mailbox.answer_to(40) is None
+        mailbox.answer(40, goes_on)
+        assert mailbox.answer_to(40) is goes_on

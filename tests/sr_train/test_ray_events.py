@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from sr_train.loop import Left
 from sr_train.ray_events import lost_line, lost_or_failed
@@ -70,3 +70,18 @@ def test_workers_that_left_as_they_were_told_to_are_not_lost() -> None:
     # One that was taken away before it could leave is.
     event = lost_or_failed({0: left, 1: dead()})
     assert event is not None and event["ranks"] == [1]
+
+
+def test_the_machine_is_named_at_which_the_worker_died() -> None:
+    """Not the one that had its place at the last start, which may be dead for longer."""
+    event = lost_or_failed({1: dead()})
+    assert event is not None
+    assert lost_line(event, [("node-1", "10.0.0.1"), ("node-2", "10.0.0.2")]).startswith("lost: worker 1 on 10.0.0.7: ")
+    assert lost_line(event, [("node-1", "10.0.0.7"), ("node-2", "10.0.0.2")]).startswith("lost: worker 1 on node-1: ")
+    assert lost_line(event, []).startswith("lost: worker 1 on 10.0.0.7: its worker process has died.")
+
+
+def test_of_a_worker_that_does_not_answer_is_said_what_happened_not_what_ray_advises() -> None:
+    hanging = WorkerHealthCheckTimeoutError("Worker 1 health check has been hanging for 600 seconds.")
+    event = lost_or_failed({1: hanging})
+    assert event is not None and event["message"] == "Worker 1 health check has been hanging for 600 seconds."

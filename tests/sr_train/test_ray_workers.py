@@ -27,9 +27,13 @@ class PlayedGroup:
     is_fatal = False
 
     def __init__(self, script: list[list[Message]], num_starts: int = 0) -> None:
-        self._messages = script.pop(0)
         self.before = num_starts
         self.stopped = False
+        self.play(script.pop(0))
+
+    def play(self, messages: list[Message]) -> None:
+        """What is said from now on."""
+        self._messages = messages
 
     def is_alive(self) -> bool:
         return True
@@ -68,6 +72,37 @@ def test_a_loss_that_ray_tells_again_and_again_is_one_loss(monkeypatch: pytest.M
     assert fit(monkeypatch, told, [START, END], max_failures=1) == [START, LOST, START]
     with pytest.raises(TrainingFailedError):
         fit(monkeypatch, [START, LOST], [START, LOST], [START, END], max_failures=1)
+
+
+def test_a_group_that_used_up_its_failures_in_earlier_jobs_does_not_end_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sweep's trial whose node dies before its workers have begun."""
+    script, heard = [[START, LOST, START, END], [LOST], [START, END]], list[Message]()
+    groups: list[PlayedGroup] = []
+
+    def start_group(_: RunConfig, num_starts: int) -> PlayedGroup:
+        groups.append(PlayedGroup(script, num_starts))
+        return groups[-1]
+
+    monkeypatch.setattr(ray_workers, "_Group", start_group)
+    with Workers(RunConfig(max_failures=1)) as workers:
+        workers.fit(JOB, on_message=lambda _: None)
+        groups[-1].play(script.pop(0))
+        workers.fit(JOB, on_message=heard.append)
+    assert (heard, len(groups)) == ([LOST, START], 2)
+
+
+def test_workers_that_ray_train_cannot_start_are_tried_again_as_often_as_they_may_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that dies while the others connect to it makes Ray Train give up without a word of a loss."""
+    heard = fit(monkeypatch, [START, LOST], [], [START, END], max_failures=2)
+    assert [kind for kind, _ in heard] == ["start", "lost", "trouble", "start"]
+    with pytest.raises(TrainingFailedError):
+        fit(monkeypatch, [], [], [START, END], max_failures=1)
+    with pytest.raises(TrainingFailedError):  # Ray Train has tried by itself
+        fit(monkeypatch, [LOST], [START, END], max_failures=1)
 
 
 def test_workers_that_left_as_they_were_told_to_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

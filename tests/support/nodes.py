@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.support.machines import Machine, Network
 from tests.support.mlflow_server import MlflowServer
 from tests.support.process import PATIENCE_S, ServerError, answers_http
-from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, START_ATTEMPTS, RayHead
+from tests.support.ray_head import ON_A_BUSY_MACHINE, RAY, RayHead, until_it_starts
 from tests.support.s3 import S3Server
 
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
@@ -54,20 +55,14 @@ class RayNodes:
         command = [RAY, "start", f"--address={self.head.address}", "--node-ip-address={ip}", "--block"]
         command += [f"--num-cpus={self.cpus_per_node}", "--num-gpus=0", "--object-store-memory=150000000"]
         command.append("--disable-usage-stats")
-        for attempt in range(1, START_ATTEMPTS + 1):
+
+        def start() -> Machine:
             self._num_started += 1
-            name = f"node-{self._num_started}"
-            node = self.network.start_machine(name, command, env=self.env, disk_mib=disk_mib)
-            try:
-                node.child.wait_until(lambda node=node: node.ip in self.alive())
-            except ServerError:
-                node.kill()
-                if attempt == START_ATTEMPTS:
-                    raise
-            else:
-                break
-        self.nodes.append(node)
-        return node
+            node = self.network.start_machine(f"node-{self._num_started}", command, env=self.env, disk_mib=disk_mib)
+            return _once(node, lambda: node.ip in self.alive())
+
+        self.nodes.append(until_it_starts(start))
+        return self.nodes[-1]
 
     def wait_until_lost(self, ip: str, *, timeout_s: float = PATIENCE_S) -> None:
         """Returns once the head knows that no node lives at that address."""
@@ -116,19 +111,28 @@ class RayNodes:
         command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address={ip}"]
         command += ["--num-cpus=0", "--num-gpus=0", "--object-store-memory=150000000", f"--port={GCS_PORT}"]
         command += ["--dashboard-host={ip}", f"--dashboard-port={DASHBOARD_PORT}"]
-        for attempt in range(1, START_ATTEMPTS + 1):
+
+        def start() -> Machine:
             machine = self.network.start_machine("head", command, env=self.env, ip=ip)
-            ready = [f"http://{machine.ip}:{DASHBOARD_PORT}/api/version"]
-            ready += [f"http://{machine.ip}:{AGENT_PORT}/api/local_raylet_healthz"]
-            try:
-                machine.child.wait_until(lambda ready=ready: all(map(answers_http, ready)))
-            except ServerError:
-                machine.kill()
-                if attempt == START_ATTEMPTS:
-                    raise
-            else:
-                break
-        return machine
+            return once_head_is_ready(machine)
+
+        return until_it_starts(start)
+
+
+def once_head_is_ready(machine: Machine) -> Machine:
+    """The machine, once its dashboard answers and the agent that starts jobs; else ServerError, and it is off."""
+    ready = (f"http://{machine.ip}:{DASHBOARD_PORT}/api/version",)
+    ready += (f"http://{machine.ip}:{AGENT_PORT}/api/local_raylet_healthz",)
+    return _once(machine, lambda: all(map(answers_http, ready)))
+
+
+def _once(machine: Machine, ready: Callable[[], bool]) -> Machine:
+    try:
+        machine.child.wait_until(ready)
+    except ServerError:
+        machine.kill()
+        raise
+    return machine
 
 
 @dataclass(frozen=True)

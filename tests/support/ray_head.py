@@ -9,20 +9,19 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tests.support.process import PATIENCE_S, Child, ServerError, answers_http, free_ports
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+T = TypeVar("T")
 RAY = str(Path(sys.executable).parent / "ray")
-START_ATTEMPTS = 3
-"""Ray lets a node take 30 s to start; nothing can change that."""
 ON_A_BUSY_MACHINE = {"RAY_worker_niceness": "0", "RAY_agent_register_timeout_ms": "120000"}
 """Where other tests run too, workers at Ray's own niceness, 15, starve, and an agent takes more than Ray's 30 s."""
 
@@ -113,14 +112,20 @@ class RayHead:
 def start_ray_head(folder: Path, *, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> RayHead:
     """`folder` must have a short path: Ray's Unix sockets lie in it (limit 107 characters). What the node's environment
     has (`env`), every process of every job has.
-
-    Tried more than once: ports that were free a moment ago may be another cluster's by the time Ray takes them, and on
-    a busy machine a node gives up on itself.
     """
-    for _ in range(START_ATTEMPTS - 1):
+    return until_it_starts(lambda: _start_ray_head(folder, num_cpus=num_cpus, env=env))
+
+
+def until_it_starts(start: Callable[[], T]) -> T:
+    """What `start` returns, the third time at the latest: a node gives up on itself where its start takes more than
+    30 s, which nothing can change, and ports that were free a moment ago may be another's by the time Ray takes them.
+
+    `start` leaves nothing behind when it raises ServerError.
+    """
+    for _ in range(2):
         with suppress(ServerError):
-            return _start_ray_head(folder, num_cpus=num_cpus, env=env)
-    return _start_ray_head(folder, num_cpus=num_cpus, env=env)
+            return start()
+    return start()
 
 
 def _start_ray_head(folder: Path, *, num_cpus: int, env: Mapping[str, str] | None) -> RayHead:
