@@ -46,15 +46,20 @@ def test_a_mailbox_that_is_out_of_reach_for_a_moment_is_asked_again() -> None:
     with notices(mailbox, start=3) as leave:
         assert leave() is None
         assert mailbox.is_over.wait(60)
-        [listener] = [thread for thread in threading.enumerate() if thread.name == "notices"]
-        listener.join(60)
+        wait_for_listener()
         assert leave() == STOPPED
 
 
 def test_nobody_is_asked_once_the_driver_is_gone() -> None:
     mailbox = PlayedMailbox(ActorDiedError(), STOPPED)
     with notices(mailbox, start=3) as leave:
-        for thread in threading.enumerate():
-            if thread.name == "notices":
-                thread.join(60)
+        wait_for_listener()
         assert leave() is None and not mailbox.is_over.is_set()
+
+
+def wait_for_listener() -> None:
+    """Until it has heard what it waits for, or given up."""
+    for thread in threading.enumerate():
+        if thread.name == "notices":
+            thread.join(60)
+            assert not thread.is_alive()
