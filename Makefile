@@ -9,7 +9,7 @@ COMPILE = uv pip compile --quiet --universal --generate-hashes --no-annotate --p
 TYPED := sr_data sr_models sr_serve sr_train pipelines tools
 BENCHMARKS := patch_pool training_step pipeline_overhead whole_pipeline decoding inference basicsr_feed
 DIR ?= build/benchmarks
-# Two test processes: half of a test's time is waiting for servers and clusters. The end-to-end tests come first, in one.
+# Two test processes: servers and clusters that start leave a core idle. The end-to-end tests come first, in one.
 TOGETHER := -n 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
