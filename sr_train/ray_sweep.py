@@ -157,6 +157,26 @@ class _Listener(tune.Callback):
         self.records.put(record)
 
 
+class _Talk:
+    """Between Tune, which calls for each validation, and the thread that trains one trial: each trial has its own, so
+    that one which could not be ended in time is never taken for the next one.
+    """
+
+    def __init__(self) -> None:
+        self.told: queue.Queue[tuple[TrialRecord, bool] | BaseException] = queue.Queue()
+        """Records, and whether the trial is over; or why it broke off."""
+        self.answers: queue.Queue[bool] = queue.Queue()
+        """Whether to train on, after each record that is not the last."""
+        self._is_stopped = False
+
+    def report(self, record: TrialRecord) -> bool:
+        """Waits for the answer; after a first False nobody listens any more."""
+        if not self._is_stopped:
+            self.told.put((record, False))
+            self._is_stopped = not self.answers.get()
+        return not self._is_stopped
+
+
 class _TrialActor(tune.Trainable):
     """Trials, one after another, and the workers that train them."""
 
@@ -169,20 +189,18 @@ class _TrialActor(tune.Trainable):
 
     def _begin(self) -> None:
         self._thread: threading.Thread | None = None
-        self._told: queue.Queue[tuple[TrialRecord, bool] | BaseException] = queue.Queue()
-        self._answers: queue.Queue[bool] = queue.Queue()
+        self._talk = _Talk()
         self._record: TrialRecord | None = None
         self._donor: TrialRecord | None = None
-        self._is_stopped = False
 
     def step(self) -> dict[str, Any]:
         """Trains to the next validation, or to the end."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._train, args=(self._told,), name="trial", daemon=True)
+            self._thread = threading.Thread(target=self._train, args=(self._talk,), name="trial", daemon=True)
             self._thread.start()
         else:
-            self._answers.put(True)
-        told = self._told.get()
+            self._talk.answers.put(True)
+        told = self._talk.told.get()
         if isinstance(told, BaseException):
             raise told
         self._record, is_end = told
@@ -192,7 +210,7 @@ class _TrialActor(tune.Trainable):
             scores = {PSNR: point.psnr_db, _PATCHES: point.patches_seen}
         return {**scores, _RECORD: record_to_json(self._record), "done": is_end}
 
-    def _train(self, told: "queue.Queue[tuple[TrialRecord, bool] | BaseException]") -> None:
+    def _train(self, talk: _Talk) -> None:
         """In a thread: Tune calls `step` for each validation, while training is one call."""
         try:
             record = run_trial(
@@ -200,19 +218,13 @@ class _TrialActor(tune.Trainable):
                 self.trial_name,
                 sample_in(self.config),
                 workers=self._workers,
-                report=self._report,
+                report=talk.report,
                 donor=self._donor,
             )
         except BaseException as error:  # noqa: BLE001  raised where Tune waits
-            told.put(error)
+            talk.told.put(error)
         else:
-            told.put((record, True))
-
-    def _report(self, record: TrialRecord) -> bool:
-        if not self._is_stopped:  # else nobody listens any more
-            self._told.put((record, False))
-            self._is_stopped = not self._answers.get()
-        return not self._is_stopped
+            talk.told.put((record, True))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in this actor, or (PBT) this one with what it shall go on with."""
@@ -227,7 +239,7 @@ class _TrialActor(tune.Trainable):
     def _end(self) -> None:
         """Of a trial that Tune stopped: it waits for an answer, ends its workers' order and writes its record."""
         if self._thread is not None:
-            self._answers.put(False)
+            self._talk.answers.put(False)
             self._thread.join(_STOP_TIMEOUT_S)
             if self._thread.is_alive():  # a server hangs; the next trial must not share its workers
                 self._workers.close(wait=False)
