@@ -249,10 +249,11 @@ def decoding(
     num_threads: int,
     reserved_cpus: float,
     spare_cpus_here: float = 0.0,
+    patience_s: float = 0.0,
 ) -> ray.data.Dataset:
     """One execution of Ray Data that is yet to start: a task and a table per block, in order, see `pair_of_row`.
 
-    The arguments are those of `stream_pairs`.
+    The arguments are those of `stream_pairs`; `patience_s`, of its tasks: 0 where their caller waits for storage.
     """
     _be_quiet()
     items = [{"records": pickle.dumps(block)} for block in blocks]
@@ -264,7 +265,7 @@ def decoding(
     num_cpus = min(1.0, max(0.0, int(100 * free_cpus / max(1, num_nodes) + 1e-6) / 100))
     if spare_cpus_here >= _LEAST_CPUS:  # another node may go in mid-stream, and tasks keep what they ask for
         num_cpus = min(num_cpus, spare_cpus_here)
-    load = partial(_load_block, store_uri=store_uri, scale=scale, num_threads=num_threads)
+    load = partial(_load_block, store_uri=store_uri, scale=scale, num_threads=num_threads, patience_s=patience_s)
     source = ray.data.from_items(items, override_num_blocks=len(items))
     with warnings.catch_warnings():  # Ray 2.60 has no other way to say how often a task is tried
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -284,15 +285,15 @@ def decoding(
     return dataset
 
 
-def _load_block(block: pa.Table, *, store_uri: str, scale: int, num_threads: int) -> pa.Table:
+def _load_block(block: pa.Table, *, store_uri: str, scale: int, num_threads: int, patience_s: float) -> pa.Table:
     """Runs in a task. An image's error is a row of its own: raised, it would be retried and reach the caller as
     Ray's.
     """
-    store = open_store(store_uri)
+    store, patience = open_store(store_uri), Patience(seconds=patience_s)
 
     def load(record: ImageRecord) -> dict[str, object]:
         try:
-            pair = _load_pair(store, record, scale)
+            pair = patience.spend(partial(_load_pair, store, record, scale), on="images can't be read")
         except (DataError, StorageError, MemoryError) as error:
             return {"name": record.name, "error": pickle.dumps(error)}
         height, width, _ = pair.lr_HWC.shape

@@ -17,7 +17,7 @@ import ray
 from sr_data.errors import DataError
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair
-from sr_data.ray_source import decoding, pair_bytes, pair_of_row
+from sr_data.ray_source import PATIENCE_S, decoding, pair_bytes, pair_of_row
 
 _MAX_BLOCK_BYTES = 32 * 2**20
 """Decoded bytes of a block of more than one image: from disk, a block is read whole for the one image asked for."""
@@ -68,17 +68,24 @@ def decode_once(
     num_threads: int,
     block_images: int,
     reserved_cpus: float = 0.0,
+    patience_s: float = PATIENCE_S,
 ) -> SharedPairs:
     """Reads and decodes all of `records` (one or more) on the cluster's CPUs, into the object store. Ray must be
     initialised.
 
     `num_threads` images are fetched at a time in each task, at most `block_images` are one task's work and one object.
-    `reserved_cpus` of the cluster are not decoded on. Raises the `DataError` or `StorageError` of the first image that
-    can't be loaded.
+    `reserved_cpus` of the cluster are not decoded on. Storage that is away, or fails, is waited for, `patience_s` at
+    most for each image, also when a lost block is decoded again. Raises the `DataError` or `StorageError` of the first
+    image that can't be loaded.
     """
     wanted = list(dict.fromkeys(records))
     dataset = decoding(
-        _cut(wanted, scale, block_images), store_uri, scale, num_threads=num_threads, reserved_cpus=reserved_cpus
+        _cut(wanted, scale, block_images),
+        store_uri,
+        scale,
+        num_threads=num_threads,
+        reserved_cpus=reserved_cpus,
+        patience_s=patience_s,
     )
     blocks = dataset.materialize().to_arrow_refs()
     # Where the blocks are, so that none travels. One at a time, and without a CPU to count, as none may be left.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sr_data.errors import DataError, StorageError
-from sr_data.storage import Store, open_store
+from sr_data.storage import Store
 from sr_data.storage_patience import patient_store, to_stderr
 from sr_models.errors import ModelError
 from sr_train import checkpoint as ckpt
@@ -26,11 +26,11 @@ from sr_train.options import ConfigError
 from sr_train.plan import Plan, PlanError, make_plan
 from sr_train.plan_report import describe
 from sr_train.progress import Progress, ProgressUpdate
-from sr_train.ray_cluster import cluster_facts, cluster_room, connect, pair_stream
-from sr_train.ray_events import lost_line
+from sr_train.ray_cluster import cluster_facts, connect, pair_stream
+from sr_train.ray_events import num_workers_text, trouble_line
 from sr_train.ray_workers import FitResult, TrainingFailedError, Workers
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim, is_owned
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim, seems_owned
 from sr_train.tracking import RunHandle, RunStart, Status, begun, finish_run, pending_run, replay_spool
 from sr_train.tracking_server import TrackingError
 from sr_train.upscaler import UpscalerError
@@ -110,11 +110,11 @@ def _run(plan: Plan, script_started_s: float) -> str:
         print(f"stopped by {interrupted}; go on, from {_newest(plan)}, with {again}", file=sys.stderr, flush=True)
         raise
     except (TrainingFailedError, StorageError, CheckpointError) as error:
-        if not _is_ours(plan, owner):
+        if not seems_owned(plan.run_uri, owner):
             raise
         raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {again}") from error
     finally:
-        if tracking is not None and _is_ours(plan, owner):  # else the MLflow run is the other driver's, too
+        if tracking is not None and seems_owned(plan.run_uri, owner):  # else the MLflow run is the other driver's, too
             _finish(tracking, status)
     print(conclusion.report, flush=True)
     if conclusion.not_registered is not None:
@@ -123,14 +123,6 @@ def _run(plan: Plan, script_started_s: float) -> str:
             f"When that is mended, {again} registers it"
         )
     return conclusion.best_checkpoint
-
-
-def _is_ours(plan: Plan, owner: str) -> bool:
-    """Whether no other driver has taken the run over, as far as storage can tell."""
-    try:
-        return is_owned(open_store(plan.run_uri), owner)
-    except StorageError:
-        return True
 
 
 def _newest(plan: Plan) -> str:
@@ -209,29 +201,17 @@ def _show(progress: Progress, plan: Plan, message: Message, places: list[tuple[s
             f"step {values['step']}: PSNR {values['psnr_db']:.2f} dB, SSIM {values['ssim']:.4f}{lpips} "
             f"({values['psnr_db'] - values['bicubic_psnr_db']:+.2f} dB to bicubic, {values['protocol']}){best}"
         )
-    elif kind in ("recovery", "trouble"):
-        when = f"step {values['step']}: " if values["step"] else ""
-        progress.message(f"{when}{values['message']}")
     elif kind == "start":
         is_first, places[:] = not places, zip(values["hosts"], values["ips"], strict=True)
         machines: Counter[str] = Counter(values["hosts"])
         on = ", ".join(host if num == 1 else f"{host} ({num})" for host, num in machines.items())
-        begins = f"{_workers(len(places))} on {on}"
+        begins = f"{num_workers_text(len(places))} on {on}"
         if values["checkpoint"] is not None:
             progress.message(f"going on from step {values['step']} ({values['checkpoint']}, {begins})")
         elif not is_first or len(places) > 1:
             progress.message(f"training begins with {begins}")
-    elif kind == "left":
-        progress.message(f"step {values['step']}: {values['message']}; saved, and going on where there is room")
-    elif kind == "lost":
-        progress.message(lost_line(values, places))
-    elif kind == "waiting":
-        needed = _workers(plan.config.run.fewest_workers)
-        progress.message(f"still waiting for {needed} to start: {cluster_room()}")
-
-
-def _workers(number: int) -> str:
-    return "1 worker" if number == 1 else f"{number} workers"
+    elif line := trouble_line(message, places, plan.config.run.fewest_workers):
+        progress.message(line)
 
 
 def manifest_progress(done: int, total: int) -> None:

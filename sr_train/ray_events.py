@@ -9,6 +9,8 @@ from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
 from sr_train.loop import Left
+from sr_train.mailbox import Message
+from sr_train.ray_cluster import cluster_room
 
 _PROPERTY = re.compile(r"\s*\w+: \S*$")
 """A line like "\tactor_id: 7a2a78e4" in Ray's errors."""
@@ -70,6 +72,27 @@ def lost_line(event: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> st
     others = {host for rank, (host, ip) in enumerate(places) if ip == event["peer"] and rank not in event["ranks"]}
     gone = f"a worker on {others.pop()}" if len(others) == 1 else "another worker"
     return f"lost: {gone}, as worker {ranks} noticed: {event['message']}"
+
+
+def trouble_line(message: Message, places: Sequence[tuple[str, str]], fewest_workers: int) -> str | None:
+    """A message about what keeps a run from training, as its user reads it; None for any other. `places` as above,
+    `fewest_workers` that it can begin with.
+    """
+    kind, values = message
+    if kind == "lost":
+        return lost_line(values, places)
+    if kind == "left":
+        return f"step {values['step']}: {values['message']}; saved, and going on where there is room"
+    if kind == "waiting":
+        return f"still waiting for {num_workers_text(fewest_workers)} to start: {cluster_room()}"
+    if kind in ("recovery", "trouble"):
+        return f"step {values['step']}: {values['message']}" if values["step"] else str(values["message"])
+    return None
+
+
+def num_workers_text(number: int) -> str:
+    """The number with its noun."""
+    return "1 worker" if number == 1 else f"{number} workers"
 
 
 def _why_dead(text: str) -> str:

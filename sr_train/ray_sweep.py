@@ -185,6 +185,7 @@ class _TrialActor(tune.Trainable):
         _be_quiet()
         self._task = task
         self._workers = Workers(task.sweep.base.config.run)
+        self._earlier: tuple[threading.Thread, _Talk] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -196,6 +197,7 @@ class _TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Trains to the next validation, or to the end."""
         if self._thread is None:
+            self._end_earlier()
             self._thread = threading.Thread(target=self._train, args=(self._talk,), name="trial", daemon=True)
             self._thread.start()
         else:
@@ -227,23 +229,32 @@ class _TrialActor(tune.Trainable):
             talk.told.put((record, True))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial in this actor, or (PBT) this one with what it shall go on with."""
-        self._end()
+        """The next trial in this actor, or (PBT) this one with what it shall go on with. It takes no time: a trial
+        whose actor is lost before this returns fails for good, one that is lost in a step is tried again.
+        """
+        if self._thread is not None:
+            self._earlier = self._thread, self._talk
         self._begin()
         return True
 
     def cleanup(self) -> None:
-        self._end()
+        self._end_earlier()
+        if self._thread is not None:
+            self._end(self._thread, self._talk)
         self._workers.close()
 
-    def _end(self) -> None:
+    def _end_earlier(self) -> None:
+        if self._earlier is not None:
+            self._end(*self._earlier)
+            self._earlier = None
+
+    def _end(self, thread: threading.Thread, talk: _Talk) -> None:
         """Of a trial that Tune stopped: it waits for an answer, ends its workers' order and writes its record."""
-        if self._thread is not None:
-            self._talk.answers.put(False)
-            self._thread.join(_STOP_TIMEOUT_S)
-            if self._thread.is_alive():  # a server hangs; the next trial must not share its workers
-                self._workers.close(wait=False)
-                self._workers = Workers(self._task.sweep.base.config.run)
+        talk.answers.put(False)
+        thread.join(_STOP_TIMEOUT_S)
+        if thread.is_alive():  # a server hangs; the next trial must not share its workers
+            self._workers.close(wait=False)
+            self._workers = Workers(self._task.sweep.base.config.run)
 
     # What PBT's trials give one another: the record, which says where the checkpoint is.
 

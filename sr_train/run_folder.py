@@ -59,6 +59,14 @@ def is_owned(run: Store, owner: str) -> bool:
     return run.read_text(OWNER_KEY) == owner
 
 
+def seems_owned(uri: str, owner: str) -> bool:
+    """Whether no other driver has taken the run in that folder over, as far as storage can tell."""
+    try:
+        return is_owned(open_store(uri), owner)
+    except StorageError:
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class OwnedStore(Store):
     """The checkpoints of a run that is this driver's and these workers': once others have claimed it, nothing is

@@ -96,7 +96,9 @@ class Segment:
                 raise
 
     def read(self, max_records: int) -> list[tuple[Record, int]]:
-        """Undelivered records in order, each with the offset to pass to `mark_sent` once it is delivered."""
+        """Undelivered records in order, each with the offset to pass to `mark_sent` once it is delivered. A line that
+        a power cut has damaged is left out, and said in the log.
+        """
         if not self._records.exists():
             return []
         found: list[tuple[Record, int]] = []
@@ -108,7 +110,12 @@ class Segment:
                 if not line.endswith(b"\n"):  # the end, or a line that is being written right now
                     break
                 position += len(line)
-                found.append((json.loads(line), position))
+                try:
+                    found.append((json.loads(line), position))
+                except ValueError:
+                    logger.warning("%s: a damaged line before byte %d is left out", self._records, position)
+        if not found and position > self.offset:
+            self.mark_sent([], position)
         return found
 
     def mark_sent(self, records: Iterable[Record], offset: int) -> None:

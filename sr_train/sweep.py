@@ -28,7 +28,7 @@ from sr_train.ray_cluster import cluster_facts, connect
 from sr_train.ray_sweep import decode_shared, run_sweep
 from sr_train.ray_workers import FitResult
 from sr_train.run_facts import run_facts
-from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim
+from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TRACKING_KEY, checkpoint_store, claim, seems_owned
 from sr_train.sweep_config import SweepConfig, sweep_to_json
 from sr_train.sweep_plan import SWEEP_KEY, SweepPlan, known_trials, make_sweep_plan, trial_plan
 from sr_train.sweep_progress import SweepProgress
@@ -107,7 +107,7 @@ class _Sweep:
             print(f"stopped by {interrupted}; {over}, go on with {resume_flags(plan)}", file=sys.stderr, flush=True)
             raise
         finally:
-            if parent is not None:
+            if parent is not None and seems_owned(plan.uri, self._owner):  # else it is the other driver's, too
                 _finish(parent, status)
         return parent
 
@@ -121,6 +121,8 @@ class _Sweep:
             if record.name not in over_before:  # those only tell Tune again what they told before
                 self._records[record.name] = record
                 progress.update(record)
+                if record.status == "failed":  # as all that follow would be, if this sweep is another driver's by now
+                    task.check_owner()
 
         try:
             progress.known(plan.known)

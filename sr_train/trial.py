@@ -21,6 +21,7 @@ from sr_train.driver import make_job
 from sr_train.loop import Position
 from sr_train.pareto import over_limit
 from sr_train.plan import Plan
+from sr_train.ray_events import trouble_line
 from sr_train.ray_workers import TrainingFailedError, Workers
 from sr_train.run_folder import CONFIG_KEY, DATASETS_KEY, TakenOverError, checkpoint_store, claim, is_owned
 from sr_train.sweep_plan import TRIAL_KEY, SweepPlan, cost_of, trial_plan, trials_uri
@@ -159,6 +160,7 @@ class _Training:
         self._started_s = time.time()
         self._seconds_before = dict(record.seconds)
         self._first_step_s: float | None = None
+        self._places: list[tuple[str, str]] = []
 
     def run(self) -> TrialRecord:
         plan, store = self._plan, self._store
@@ -217,8 +219,13 @@ class _Training:
         return reason is None
 
     def _hear(self, message: tuple[str, Mapping[str, Any]]) -> None:
-        if message[0] == "progress" and self._first_step_s is None:
+        kind, values = message
+        if kind == "progress" and self._first_step_s is None:
             self._first_step_s = time.time()
+        elif kind == "start":
+            self._places = list(zip(values["hosts"], values["ips"], strict=True))
+        elif line := trouble_line(message, self._places, self._plan.config.run.fewest_workers):
+            logger.warning("%s: %s", self._record.name, line)
 
     def _wants_latency(self) -> bool:
         sweep = self._task.sweep.config

@@ -1,5 +1,6 @@
 """Pairs that are decoded once and shared, on a real Ray of two CPUs."""
 
+import errno
 import hashlib
 import itertools
 import shutil
@@ -7,13 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 from PIL import Image
 
-from sr_data import shared_pairs
+from sr_data import ray_source, shared_pairs
 from sr_data.errors import DataError, ImageError, StorageError
 from sr_data.manifest import ImageRecord
 from sr_data.pairs import DecodedPair, load_pair
@@ -132,6 +136,36 @@ def test_a_stream_lets_go_of_all_but_the_last_blocks(decoded: Decoded, monkeypat
     assert fetched == [0, 1, 2, 3, 1, 0]  # wanted, by threes: 0 1 0 2 3 1 0 0
     for pair in pairs:
         np.testing.assert_array_equal(pair.hr_HWC, decoded.expected[pair.name].hr_HWC)
+
+
+@dataclass(frozen=True)
+class AwayAtFirst:
+    """In a task: storage fails when it is first asked for an image."""
+
+    load: Callable[..., pa.Table]
+    __name__: ClassVar[str] = "load"
+
+    def __call__(self, block: pa.Table, **arguments: object) -> pa.Table:
+        its, asked = self.load.__globals__, itertools.count()  # it came by value: its module here is another
+        real = its["_load_pair"]
+
+        def load_pair(*of: Any) -> DecodedPair:
+            if next(asked) == 0:
+                raise StorageError(errno.EIO, "storage is away")
+            return real(*of)
+
+        with patch.dict(its, _load_pair=load_pair):
+            return self.load(block, **arguments)
+
+
+def test_storage_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Now, and when Ray decodes a block again whose node was lost: an error would stay in its place."""
+    records = make_images(tmp_path)
+    monkeypatch.setattr(ray_source, "_load_block", AwayAtFirst(ray_source._load_block))
+    shared = decode(tmp_path, records)
+    assert [pair.name for pair in shared.stream(str(tmp_path), records, SCALE)] == [record.name for record in records]
+    with pytest.raises(StorageError, match="storage is away"):
+        decode_once(str(tmp_path), records, SCALE, num_threads=2, block_images=3, patience_s=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,20 @@ def test_half_a_line_is_not_read(tmp_path: Path) -> None:
     assert [record["i"] for record, _ in segment.read(10)] == [0]
 
 
+def test_a_line_that_a_power_cut_damaged_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    segment = Segment.create(tmp_path)
+    for i in range(3):
+        segment.append({"kind": "metrics", "i": i})
+    path = segment.folder / "records.jsonl"
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(b"\0" * len(first) + b"\n" + rest + b"\0\0\0\n")
+    found = segment.read(10)
+    assert [record["i"] for record, _ in found] == [1, 2]
+    assert "a damaged line" in caplog.text
+    segment.mark_sent([record for record, _ in found], found[-1][1])
+    assert segment.read(10) == [] and segment.num_pending() == 0
+
+
 def test_what_a_power_cut_left_of_the_mark_means_that_all_is_sent_again(tmp_path: Path) -> None:
     segment = Segment.create(tmp_path)
     segment.append({"kind": "metrics", "i": 0})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,16 @@ from sr_data.pairs import DecodedPair
 from sr_data.storage import open_store
 from sr_models.cost import model_cost
 from sr_models.edsr import EDSRConfig
+from sr_train.mailbox import Message
 from sr_train.pareto import Limits
+from sr_train.ray_workers import FitResult
 from sr_train.run_folder import CONFIG_KEY, checkpoint_store, claim
 from sr_train.sweep_plan import TRIAL_KEY, SweepPlan
 from sr_train.tracking import RunHandle, start_run
 from sr_train.trial import read_record, trial_store, write_record
 from sr_train.trial_record import Sample, TrialRecord
 from sr_train.upscaler import open_upscaler
+from sr_train.worker import Job
 from tests.support.process import free_ports
 from tests.support.sweeps import (
     BATCH,
@@ -84,6 +88,18 @@ def test_it_tells_each_validation_once_it_is_written_down(sweep: SweepPlan) -> N
     assert [point.patches_seen for point in record.history] == VALIDATIONS
     assert record.cost == model_cost(EDSRConfig(scale=2, num_blocks=1, num_channels=4))
     assert set(record.seconds) == {"start_up", "training"} and min(record.seconds.values()) > 0
+
+
+def test_what_keeps_it_from_training_is_said_with_its_name(sweep: SweepPlan, caplog: pytest.LogCaptureFixture) -> None:
+    class Troubled(WorkersHere):
+        def fit(self, job: Job, *, on_message: Callable[[Message], None], **how: Any) -> FitResult:
+            on_message(("lost", {"ranks": [0], "ips": {0: "10.0.0.7"}, "message": "its node is gone"}))
+            on_message(("trouble", {"step": 3, "message": "storage is away"}))
+            return super().fit(job, on_message=on_message, **how)
+
+    tried(sweep, workers=Troubled())
+    assert "trial-1: lost: worker 0 on 10.0.0.7: its node is gone" in caplog.messages
+    assert "trial-1: step 3: storage is away" in caplog.messages
 
 
 def test_the_best_checkpoint_is_that_of_the_best_validation(sweep: SweepPlan) -> None:
