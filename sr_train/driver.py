@@ -17,7 +17,6 @@ from sr_data.storage import Store
 from sr_data.storage_patience import patient_store, to_stderr
 from sr_models.errors import ModelError
 from sr_train import checkpoint as ckpt
-from sr_train.checkpoint import CheckpointError
 from sr_train.cli import TrainCommand
 from sr_train.conclusion import conclude, finished_result, resume_flags
 from sr_train.config import config_to_dict, flatten
@@ -109,7 +108,7 @@ def _run(plan: Plan, script_started_s: float) -> str:
         status = "KILLED"
         print(f"stopped by {interrupted}; go on, from {_newest(plan)}, with {again}", file=sys.stderr, flush=True)
         raise
-    except (TrainingFailedError, StorageError, CheckpointError) as error:
+    except (TrainingFailedError, StorageError, ckpt.CheckpointError) as error:
         if not seems_owned(plan.run_uri, owner):
             raise
         raise TrainingFailedError(f"{error}\nWhen that is mended, go on with {again}") from error

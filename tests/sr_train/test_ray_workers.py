@@ -57,10 +57,22 @@ class PlayedGroup:
         pass
 
 
+def played(monkeypatch: pytest.MonkeyPatch, script: list[list[Message]]) -> list[PlayedGroup]:
+    """Every group that is started from now on plays the next list of the script; they are found here."""
+    groups: list[PlayedGroup] = []
+
+    def start_group(_: RunConfig, num_starts: int) -> PlayedGroup:
+        groups.append(PlayedGroup(script, num_starts))
+        return groups[-1]
+
+    monkeypatch.setattr(ray_workers, "_Group", start_group)
+    return groups
+
+
 def fit(monkeypatch: pytest.MonkeyPatch, *script: list[Message], max_failures: int) -> list[Message]:
     """What the driver hears."""
-    left, heard = list(script), []  # type: ignore[var-annotated]
-    monkeypatch.setattr(ray_workers, "_Group", lambda _, num_starts: PlayedGroup(left, num_starts))
+    heard = list[Message]()
+    played(monkeypatch, list(script))
     with Workers(RunConfig(max_failures=max_failures)) as workers:
         workers.fit(JOB, on_message=heard.append)
     return heard
@@ -79,13 +91,7 @@ def test_a_group_that_used_up_its_failures_in_earlier_jobs_does_not_end_this_one
 ) -> None:
     """A sweep's trial whose node dies before its workers have begun."""
     script, heard = [[START, LOST, START, END], [LOST], [START, END]], list[Message]()
-    groups: list[PlayedGroup] = []
-
-    def start_group(_: RunConfig, num_starts: int) -> PlayedGroup:
-        groups.append(PlayedGroup(script, num_starts))
-        return groups[-1]
-
-    monkeypatch.setattr(ray_workers, "_Group", start_group)
+    groups = played(monkeypatch, script)
     with Workers(RunConfig(max_failures=1)) as workers:
         workers.fit(JOB, on_message=lambda _: None)
         groups[-1].play(script.pop(0))
@@ -135,14 +141,7 @@ def test_only_workers_that_train_are_asked_to_save(
 
 def test_starts_are_counted_on_when_ray_train_has_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that started later have a higher number: those that come after would be taken for earlier ones."""
-    groups: list[PlayedGroup] = []
-    script = [[START, LEFT, START, LEFT], [START, LEFT], [START, END]]
-
-    def start_group(_: RunConfig, num_starts: int) -> PlayedGroup:
-        groups.append(PlayedGroup(script, num_starts))
-        return groups[-1]
-
-    monkeypatch.setattr(ray_workers, "_Group", start_group)
+    groups = played(monkeypatch, [[START, LEFT, START, LEFT], [START, LEFT], [START, END]])
     with Workers(RunConfig(max_failures=0)) as workers:
         workers.fit(JOB, on_message=lambda _: None)
     assert [group.before for group in groups] == [0, 2, 3]

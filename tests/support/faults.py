@@ -39,9 +39,8 @@ class HarmedRun:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.s3 = (
-            self.run.site.s3.client()
-        )  # kept: making one costs more than the questions that are asked all the time
+        # Kept: making one costs more than the questions that are asked all the time.
+        self.s3 = self.run.site.s3.client()
         self.submit()
 
     def submit(self) -> None:
